@@ -1,0 +1,1 @@
+"""Assignment of predictions to targets: one-to-one and one-to-many."""

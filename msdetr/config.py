@@ -1,0 +1,409 @@
+"""Configuration: frozen dataclasses, one field per decision, each documented where it stands.
+
+`RunConfig` holds all of them. `msdetr.presets` names the recipes, and the command line is generated
+from these classes, so a field added here is an option there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+ConfigT = TypeVar("ConfigT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The detector's architecture; every variant of the published code is one combination."""
+
+    backbone: Literal["resnet50", "resnet101", "convnet"] = "resnet50"
+    """Feature extractor: torchvision's ResNets, or `convnet`, a small network for small images."""
+    backbone_weights: str = "IMAGENET1K_V1"
+    """Initial ResNet weights: a torchvision weights name, `none`, or the path of a file."""
+    train_backbone: bool = True
+    """Train ResNet stages 2-4 (stem and stage 1 stay frozen); False freezes the whole backbone."""
+    dilation: bool = False
+    """Replace the stride of the last ResNet stage by dilation (the published `--dilation`)."""
+    num_classes: int | None = None
+    """Class logits per query. None takes the number from the annotation file (91 for COCO)."""
+    hidden_dim: int = 256
+    """Width of tokens and queries; divisible by `num_heads` and by 4."""
+    num_heads: int = 8
+    """Attention heads."""
+    num_levels: int = 4
+    """Feature levels: up to 3 are the last backbone stages, 4 and 5 add strided levels."""
+    num_encoder_layers: int = 6
+    """Encoder layers."""
+    num_decoder_layers: int = 6
+    """Decoder layers."""
+    num_encoder_points: int = 4
+    """Sampling points per head and level in the encoder."""
+    num_decoder_points: int = 4
+    """Sampling points per head and level in the decoder."""
+    feedforward_dim: int = 2048
+    """Inner width of the feed-forward networks."""
+    dropout: float = 0.1
+    """Dropout probability in encoder and decoder."""
+    num_queries: int = 300
+    """Object queries."""
+    position_embedding: Literal["sine", "learned"] = "sine"
+    """Position code of the feature maps."""
+    decoder_order: Literal["cross_self", "self_cross"] = "cross_self"
+    """`cross_self` attends to the image first (MS-DETR), `self_cross` to the queries first."""
+    one_to_many: Literal["none", "internal", "output"] = "internal"
+    """Where one-to-many supervision is taken: nowhere, after the first attention of each decoder
+    layer, or at its output (own class heads, shared box heads)."""
+    one_to_many_ffn: bool = True
+    """Give internal one-to-many supervision a feed-forward network of its own (training only)."""
+    two_stage: bool = True
+    """Start queries from the encoder's best proposals instead of learned reference points."""
+    box_refine: bool = True
+    """Refine reference boxes layer by layer, with separate heads per layer."""
+    mixed_selection: bool = False
+    """Two-stage: learned query content, only the positions come from the proposals."""
+    look_forward_twice: bool = False
+    """Let a layer's box loss also train the refinement of the layer before."""
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self,
+            "hidden_dim",
+            "num_heads",
+            "num_encoder_points",
+            "num_decoder_points",
+            "num_decoder_layers",
+            "feedforward_dim",
+            "num_queries",
+        )
+        if self.num_encoder_layers < 0:
+            raise ValueError(
+                f"num_encoder_layers must be at least 0, got {self.num_encoder_layers}"
+            )
+        if self.num_classes is not None and self.num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {self.num_classes}")
+        if not 1 <= self.num_levels <= 5:
+            raise ValueError(f"num_levels must be 1 to 5, got {self.num_levels}")
+        if self.hidden_dim % self.num_heads:
+            raise ValueError(
+                f"hidden_dim ({self.hidden_dim}) must be divisible by num_heads ({self.num_heads})"
+            )
+        if self.hidden_dim % 4:
+            raise ValueError(
+                f"hidden_dim ({self.hidden_dim}) must be divisible by 4: "
+                "position codes hold a sine and a cosine of both coordinates"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.mixed_selection and not self.two_stage:
+            raise ValueError("mixed_selection selects encoder proposals: it needs two_stage")
+        if self.look_forward_twice and not self.box_refine:
+            raise ValueError("look_forward_twice concerns refined boxes: it needs box_refine")
+        if self.one_to_many_ffn and self.one_to_many != "internal":
+            raise ValueError(
+                f"one_to_many_ffn belongs to one_to_many='internal', not {self.one_to_many!r}"
+            )
+        if self.dilation and self.backbone == "convnet":
+            raise ValueError("dilation is for the ResNet backbones")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssignmentConfig:
+    """Which predictions answer for which targets."""
+
+    cost_class: float = 2.0
+    """One-to-one: weight of the focal class cost."""
+    cost_bbox: float = 5.0
+    """One-to-one: weight of the L1 box cost."""
+    cost_giou: float = 2.0
+    """One-to-one: weight of the GIoU cost."""
+    encoder_match: Literal["anchors", "predictions"] = "anchors"
+    """Match encoder proposals by their anchors (MS-DETR) or predicted boxes (Deformable-DETR)."""
+    encoder_cost_class: float = 0.0
+    """Class cost of the encoder's match; box and GIoU costs are those above."""
+    one_to_many_k: int = 6
+    """One-to-many: at most this many queries per target."""
+    one_to_many_threshold: float = 0.4
+    """One-to-many: a query is positive where its best score reaches this."""
+    one_to_many_cost_box: float = 0.7
+    """One-to-many score: weight of the IoU."""
+    one_to_many_cost_class: float = 0.3
+    """One-to-many score: weight of the class probability."""
+    positive_fraction: float = 0.25
+    """One-to-many: at most `int(positive_fraction * num_queries)` positives are kept, drawn at
+    random; 1.0 keeps all and makes the assignment deterministic."""
+    indices_merge: bool = False
+    """Add the one-to-one pairs to the one-to-many branch and give each query one target."""
+
+    def __post_init__(self) -> None:
+        if self.one_to_many_k < 1:
+            raise ValueError(f"one_to_many_k must be at least 1, got {self.one_to_many_k}")
+        if not 0.0 <= self.positive_fraction <= 1.0:
+            raise ValueError(f"positive_fraction must be in [0, 1], got {self.positive_fraction}")
+        costs = (self.cost_class, self.cost_bbox, self.cost_giou, self.encoder_cost_class)
+        if min(costs) < 0:
+            raise ValueError(f"matching costs must not be negative, got {costs}")
+        if self.cost_bbox == 0 and self.cost_giou == 0:
+            raise ValueError("cost_bbox and cost_giou are both 0: boxes would not matter")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the training objective."""
+
+    class_weight: float = 1.0
+    """One-to-one focal loss."""
+    bbox_weight: float = 5.0
+    """One-to-one L1 box loss."""
+    giou_weight: float = 2.0
+    """One-to-one GIoU loss."""
+    one_to_many_class_weight: float = 2.0
+    """One-to-many focal loss."""
+    one_to_many_bbox_weight: float = 5.0
+    """One-to-many L1 box loss."""
+    one_to_many_giou_weight: float = 2.0
+    """One-to-many GIoU loss."""
+    encoder_class_weight: float = 2.0
+    """Encoder (two-stage) focal loss."""
+    encoder_bbox_weight: float = 5.0
+    """Encoder (two-stage) L1 box loss."""
+    encoder_giou_weight: float = 2.0
+    """Encoder (two-stage) GIoU loss."""
+    focal_alpha: float = 0.25
+    """Weight of positives in the focal loss; negatives get the rest."""
+    focal_gamma: float = 2.0
+    """Exponent that lowers the weight of easy examples in the focal loss."""
+    auxiliary: bool = True
+    """Supervise every decoder layer; False supervises the last one only."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.focal_alpha <= 1.0:
+            raise ValueError(f"focal_alpha must be in [0, 1], got {self.focal_alpha}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Images, annotations and augmentation."""
+
+    root: Path | None = None
+    """Folder in the layout of the COCO download: `train2017/`, `val2017/`,
+    `annotations/instances_train2017.json`, `annotations/instances_val2017.json`."""
+    train_images: Path | None = None
+    """Folder of the training images, instead of the one under `root`."""
+    train_annotations: Path | None = None
+    """Training annotations (COCO JSON), instead of those under `root`."""
+    val_images: Path | None = None
+    """Folder of the validation images, instead of the one under `root`."""
+    val_annotations: Path | None = None
+    """Validation annotations (COCO JSON), instead of those under `root`."""
+    label_layout: Literal["auto", "coco", "contiguous"] = "auto"
+    """How category ids become labels: `coco` keeps the ids (91 classes), `contiguous` numbers the
+    categories from 0, `auto` keeps the ids exactly for COCO's own 80 categories."""
+    exif: Literal["ignore", "apply"] = "ignore"
+    """EXIF rotation of photographs. COCO's boxes are drawn on the stored pixels: `ignore`."""
+    augmentation: Literal["detr", "flip", "none"] = "detr"
+    """Training augmentation: `detr` flips, scales and crops, `flip` flips and scales, `none` only
+    scales to `test_size`."""
+    train_sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+    """Shorter image side in training, drawn per image, in pixels."""
+    crop_resize_sizes: tuple[int, ...] = (400, 500, 600)
+    """Shorter side before a random crop, drawn per image, in pixels."""
+    crop_min_size: int = 384
+    """Smallest side of a random crop, in pixels."""
+    crop_max_size: int = 600
+    """Largest side of a random crop, in pixels."""
+    test_size: int = 800
+    """Shorter image side in evaluation, in pixels."""
+    max_size: int = 1333
+    """Upper bound of the longer image side, in pixels."""
+    pad_multiple: int = 64
+    """Batches are padded right and bottom to a multiple of this; 1 keeps the exact size."""
+    target_buckets: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512, 1024)
+    """Targets are padded to the smallest of these that holds the batch (beyond: a multiple of the
+    last)."""
+    num_workers: int = 4
+    """Loader processes per rank; 0 loads in the training process."""
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self, "crop_min_size", "crop_max_size", "test_size", "max_size", "pad_multiple"
+        )
+        for name in ("train_sizes", "crop_resize_sizes", "target_buckets"):
+            sizes = getattr(self, name)
+            if not sizes or min(sizes) < 1:
+                raise ValueError(f"{name} must be positive numbers, at least one, got {sizes}")
+        if tuple(sorted(set(self.target_buckets))) != self.target_buckets:
+            raise ValueError(f"target_buckets must ascend, got {self.target_buckets}")
+        if self.crop_min_size > self.crop_max_size:
+            raise ValueError(
+                f"crop_min_size ({self.crop_min_size}) exceeds crop_max_size ({self.crop_max_size})"
+            )
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers must not be negative, got {self.num_workers}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Optimizer, learning rates and their schedule."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with momentum 0.9 (the published `--sgd`)."""
+    lr: float = 2e-4
+    """Learning rate, for the batch size of the preset."""
+    backbone_lr: float = 2e-5
+    """Learning rate of the backbone."""
+    reference_lr_factor: float = 0.1
+    """Factor on `lr` for `sampling_offsets` and `reference_points`."""
+    weight_decay: float = 1e-4
+    """Decoupled weight decay."""
+    clip_grad_norm: float = 0.1
+    """Upper bound of the total gradient norm; 0 switches clipping off."""
+    schedule: Literal["step", "cosine"] = "step"
+    """`step`: times 0.1 every `lr_drop_epoch` epochs, as published. `cosine`: one half wave down
+    to 0."""
+    lr_drop_epoch: int = 11
+    """Epochs between learning rate drops of the `step` schedule."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "backbone_lr", "weight_decay", "clip_grad_norm", "reference_lr_factor"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.lr_drop_epoch < 1:
+            raise ValueError(f"lr_drop_epoch must be at least 1, got {self.lr_drop_epoch}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length of training, what is written when."""
+
+    epochs: int = 12
+    """Passes over the training images."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps, whatever `epochs` says."""
+    batch_size: int = 16
+    """Images per optimizer step, over all processes; divisible by their number."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """`bfloat16` computes matrix products under autocast; boxes, costs and losses stay float32."""
+    log_every: int = 50
+    """Steps between log lines. On a GPU this is also how often the host waits for it."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints within an epoch; one is written after every epoch in any case."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints kept in the run folder."""
+    eval_every: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated. 0 never evaluates."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "epochs", "batch_size", "log_every", "keep_checkpoints")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
+        if self.checkpoint_every is not None and self.checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every must be at least 1, got {self.checkpoint_every}")
+        if self.eval_every < 0:
+            raise ValueError(f"eval_every must not be negative, got {self.eval_every}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """From predictions to scored detections."""
+
+    batch_size: int = 8
+    """Images per forward pass and process."""
+    max_detections: int = 100
+    """Highest scored detections kept per image (published: 100, and 300 for 900 queries)."""
+    nms_iou_threshold: float | None = None
+    """Suppress a detection that overlaps a better one of its class by more than this IoU."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "batch_size", "max_detections")
+        if self.nms_iou_threshold is not None and not 0.0 <= self.nms_iou_threshold <= 1.0:
+            raise ValueError(f"nms_iou_threshold must be in [0, 1], got {self.nms_iou_threshold}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The architecture."""
+    assignment: AssignmentConfig = field(default_factory=AssignmentConfig)
+    """The assignment of predictions to targets."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """The objective."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The data set and its augmentation."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The optimizer."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The training loop."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation."""
+    output: Path = Path("runs/msdetr")
+    """Run folder: configuration, metrics, checkpoints, results."""
+    resume: str | None = None
+    """Checkpoint to go on from; `auto` takes the newest of the run folder, if there is one."""
+    weights: Path | None = None
+    """Weights to start from (ours or published); training starts at step 0."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; `auto` takes CUDA where there is one."""
+    seed: int = 42
+    """Seed of initialisation, data order, augmentation, dropout and random assignment."""
+
+    def __post_init__(self) -> None:
+        if self.resume is not None and self.weights is not None:
+            raise ValueError("resume continues a run, weights starts a new one: give one of them")
+
+
+def _require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as plain JSON types, nested as the dataclasses are."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (tuple, list)):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return typing.cast(dict[str, Any], plain(dataclasses.asdict(config)))
+
+
+def config_from_dict(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
+    """The inverse of `config_to_dict`; fields that are absent keep their defaults.
+
+    Raises:
+        ValueError: `values` has a field that `cls` does not know, or a value it refuses.
+    """
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}")
+    return cls(**{name: _parse_value(hints[name], value) for name, value in values.items()})
+
+
+def _parse_value(hint: Any, value: Any) -> Any:
+    if value is None:
+        return None
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        if dataclasses.is_dataclass(option):
+            return config_from_dict(typing.cast(type[Any], option), value)
+        if option is Path:
+            return Path(value)
+        if typing.get_origin(option) is tuple:
+            return tuple(value)
+        if option is float and isinstance(value, int):
+            return float(value)
+    return value

@@ -1,0 +1,1 @@
+"""The training engine: steps, optimizer, checkpoints, processes, metrics."""

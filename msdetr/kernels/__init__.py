@@ -1,0 +1,1 @@
+"""Triton kernels, one module per kernel: its maths, its mapping to programs, its launcher."""

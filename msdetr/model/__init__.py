@@ -1,0 +1,1 @@
+"""The detector: backbone, neck, encoder, query selection, decoder, heads."""

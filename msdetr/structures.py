@@ -1,0 +1,111 @@
+"""What travels between the parts: batches of tensors of fixed shape, named.
+
+Letters in shape comments: B images, S tokens of all levels, Q queries, L levels, N decoder layers,
+T target slots (padded), K classes. Boxes are (centre x, centre y, width, height) as fractions of
+the valid image unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SpatialShapes = tuple[tuple[int, int], ...]
+"""(height, width) of each feature level, as Python integers: fixed per image bucket."""
+
+
+class ImageBatch(NamedTuple):
+    """Images of one padded size. Padding is always right and bottom."""
+
+    pixels: Tensor
+    """[B, 3, H, W], RGB: uint8 as decoded, or floating point and then already normalised."""
+    sizes: Tensor
+    """[B, 2] int64, valid (height, width) in pixels."""
+
+
+class Targets(NamedTuple):
+    """Ground truth, padded to T slots per image."""
+
+    labels: Tensor
+    """[B, T] int64, 0 in empty slots."""
+    boxes: Tensor
+    """[B, T, 4] float, 0 in empty slots."""
+    count: Tensor
+    """[B] int64, filled slots; they come first."""
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, T] bool, True where a slot holds a target."""
+        slots = torch.arange(self.labels.shape[1], device=self.labels.device)
+        return slots < self.count[:, None]
+
+
+class Batch(NamedTuple):
+    """One step's input."""
+
+    images: ImageBatch
+    targets: Targets
+    image_ids: Tensor
+    """[B] int64, ids of the annotation file; on the host."""
+    original_sizes: Tensor
+    """[B, 2] int64, (height, width) of the stored images."""
+
+
+class FeaturePyramid(NamedTuple):
+    """Feature levels flattened into one token sequence."""
+
+    tokens: Tensor
+    """[B, S, C]"""
+    spatial_shapes: SpatialShapes
+    """L pairs, S = sum of height * width."""
+    valid_sizes: Tensor
+    """[B, L, 2] int64, valid (height, width) of each level."""
+
+
+class Predictions(NamedTuple):
+    """Class logits and boxes of N layers."""
+
+    logits: Tensor
+    """[N, B, Q, K]"""
+    boxes: Tensor
+    """[N, B, Q, 4] in [0, 1]"""
+
+
+class DetectorOutput(NamedTuple):
+    """What the detector computes. Branches that a configuration or evaluation lacks are None."""
+
+    one_to_one: Predictions
+    """Predictions of the decoder layers; the last layer is the detector's answer."""
+    one_to_many: Predictions | None
+    """The same queries under one-to-many supervision, in training only."""
+    encoder: Predictions | None
+    """Two-stage proposals in training: N = 1, Q = S."""
+    anchors: Tensor | None
+    """[B, S, 4] boxes that the encoder's proposals start from."""
+
+
+class Assignment(NamedTuple):
+    """Which queries answer for which targets, for all layers and images at once.
+
+    A target has k places for queries; a query may stand in places of several targets.
+    """
+
+    query_index: Tensor
+    """[N, B, T, k] int64; 0 where `mask` is False."""
+    mask: Tensor
+    """[N, B, T, k] bool"""
+    target_class: Tensor
+    """[N, B, Q] int64, the class each query is to predict; -1 = background."""
+
+
+class Detections(NamedTuple):
+    """Scored boxes, best first, D per image."""
+
+    scores: Tensor
+    """[B, D]; 0 in the places that suppression left empty."""
+    labels: Tensor
+    """[B, D] int64"""
+    boxes: Tensor
+    """[B, D, 4] (x0, y0, x1, y1) in pixels of the original image."""
