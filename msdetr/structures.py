@@ -16,6 +16,18 @@ SpatialShapes = tuple[tuple[int, int], ...]
 """(height, width) of each feature level, as Python integers: fixed per image bucket."""
 
 
+def spatial_shapes_tensor(
+    spatial_shapes: SpatialShapes, *, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """[L, 2] (height, width) on a device, filled there: a copy from the host would wait for it."""
+    sides = [
+        torch.full((1,), side, dtype=dtype, device=device)
+        for shape in spatial_shapes
+        for side in shape
+    ]
+    return torch.cat(sides).view(-1, 2)
+
+
 class ImageBatch(NamedTuple):
     """Images of one padded size. Padding is always right and bottom."""
 
@@ -32,7 +44,7 @@ class Targets(NamedTuple):
     """[B, T] int64, 0 in empty slots."""
     boxes: Tensor
     """[B, T, 4] float, 0 in empty slots."""
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
     """[B] int64, filled slots; they come first."""
 
     @property

@@ -1,0 +1,122 @@
+"""What the command-line tools share: options from dataclasses, errors, logging.
+
+Imports no torch, so that `--help` and mistyped options answer at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import NoReturn, TypeVar
+
+import tyro
+from tqdm import tqdm
+
+from msdetr.config import RunConfig
+from msdetr.presets import PRESETS
+
+T = TypeVar("T")
+
+USAGE_ERROR = 2
+"""Exit status of a command whose options or files are wrong."""
+
+
+def parse_options(
+    options: type[T], arguments: Sequence[str], *, prog: str, default: T | None = None
+) -> T:
+    """Fill a dataclass from command-line arguments.
+
+    Wrong options and contradictory values end the process with the reason and status 2, `--help`
+    with status 0. Of several processes only the first prints.
+    """
+    extra = {} if default is None else {"default": default}
+    return tyro.cli(
+        options,
+        prog=prog,
+        args=list(arguments),
+        console_outputs=_is_main_process(),
+        **extra,
+    )
+
+
+def parse_preset(arguments: Sequence[str], *, prog: str) -> RunConfig:
+    """The configuration of `PRESET [--option value ...]`."""
+    name = arguments[0] if arguments else ""
+    if name in PRESETS:
+        preset = PRESETS[name]
+        return tyro.cli(
+            RunConfig,
+            prog=f"{prog} {name}",
+            description=f"Train {preset.description}.",
+            args=list(arguments[1:]),
+            default=preset.config,
+            console_outputs=_is_main_process(),
+        )
+    usage = f"usage: {prog} PRESET [--option value ...]\n       {prog} PRESET --help\n\n"
+    if name in ("-h", "--help"):
+        print(f"{usage}Train a detector. PRESET is one of\n\n{_preset_list()}")
+        raise SystemExit(0)
+    problem = f"there is no preset {name!r}" if name else "a preset is needed"
+    if name.startswith("-"):
+        problem = f"the preset comes first, before {name}"
+    exit_with_error(f"{problem}; known are\n\n{_preset_list()}\n\n{usage.rstrip()}")
+
+
+def option_value(arguments: Sequence[str], name: str) -> str | None:
+    """The value of option `name` in `--name value` or `--name=value`; None where it is absent.
+
+    For options that decide the defaults of the others.
+    """
+    for position, argument in enumerate(arguments):
+        if argument == name and position + 1 < len(arguments):
+            return arguments[position + 1]
+        if argument.startswith(f"{name}="):
+            return argument.removeprefix(f"{name}=")
+    return None
+
+
+def exit_with_error(message: str) -> NoReturn:
+    """Say what is wrong on stderr, and end the process with status 2."""
+    rank = "" if _is_main_process() else f"rank {os.environ['RANK']}: "
+    print(f"{rank}error: {message}", file=sys.stderr)
+    raise SystemExit(USAGE_ERROR)
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Report ValueError and OSError, which name what the user can change, without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        logging.getLogger(__name__).debug("details", exc_info=True)
+        exit_with_error(str(error))
+
+
+def configure_logging(*, is_main: bool = True) -> None:
+    """Log plain lines to stdout, from INFO on; from ranks other than 0 only warnings, to stderr."""
+    handler = _ProgressSafeHandler(sys.stdout if is_main else sys.stderr)
+    rank = "" if is_main else f"rank {os.environ.get('RANK', '?')}: "
+    handler.setFormatter(logging.Formatter(f"{rank}%(message)s"))
+    package = logging.getLogger("msdetr")
+    package.handlers = [handler]
+    package.setLevel(logging.INFO if is_main else logging.WARNING)
+
+
+class _ProgressSafeHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes around progress bars instead of through them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=self.stream)
+        self.flush()
+
+
+def _preset_list() -> str:
+    width = max(map(len, PRESETS))
+    return "\n".join(f"  {name:<{width}}  {PRESETS[name].description}" for name in PRESETS)
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,111 @@
+"""Detectors and weights from files: our weights files, our checkpoints, published checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from msdetr.config import RunConfig
+from msdetr.data.labels import LabelMap
+from msdetr.engine.checkpoint import load_checkpoint
+from msdetr.model.checkpoint_adapter import load_published_checkpoint, load_state
+from msdetr.model.detector import Detector, build_detector
+from msdetr.weights import Weights, load_weights
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedDetector:
+    """A detector with its weights, and what it was trained for."""
+
+    model: Detector
+    """On the CPU, in evaluation mode."""
+    config: RunConfig
+    """The run that made it; of published checkpoints, what their arguments say."""
+    label_map: LabelMap | None
+    """Its classes; None for published checkpoints, which do not tell."""
+
+
+def read_weights(path: Path, config: RunConfig | None = None) -> Weights:
+    """Read weights from `.safetensors`, a checkpoint of ours, or a published `.pth`.
+
+    Args:
+        path: the file; its content decides what it is.
+        config: what published weights belong to; None derives it from the file.
+
+    Raises:
+        ValueError: the file is none of these, or damaged. OSError: it cannot be read.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no weights file {path}")
+    if path.suffix == ".safetensors":
+        return load_weights(path)
+    try:
+        checkpoint = load_checkpoint(path)
+    except ValueError as not_ours:
+        try:
+            published = load_published_checkpoint(path, config=config)
+        except ValueError as not_published:
+            raise ValueError(
+                f"{path} is no checkpoint of msdetr ({not_ours}) "
+                f"and none of the published code ({not_published})"
+            ) from not_published
+        return Weights(published.state_dict, published.config, None)
+    return Weights(checkpoint.model, checkpoint.run_config, checkpoint.label_map)
+
+
+def load_detector(path: Path) -> LoadedDetector:
+    """Build the detector that a file holds, with its weights.
+
+    Raises:
+        ValueError, OSError: see `read_weights`; or the weights do not fit their configuration.
+    """
+    weights = read_weights(path)
+    model = build_detector(weights.config.model, initialize_backbone=False)
+    load_state(model, weights.state_dict)
+    return LoadedDetector(
+        model=model.eval(),
+        config=weights.config,
+        label_map=None if weights.label_map is None else LabelMap.from_dict(weights.label_map),
+    )
+
+
+def start_from_weights(model: Detector, path: Path, config: RunConfig) -> list[str]:
+    """Give a new model the weights of a file.
+
+    Class heads of another number of classes keep their fresh initialisation, which is warned about;
+    everything else must fit.
+
+    Returns:
+        The names of the parameters that keep their initialisation.
+
+    Raises:
+        ValueError, OSError: see `read_weights`; or the weights do not fit.
+    """
+    state_dict = dict(read_weights(path, config).state_dict)
+    own = model.state_dict()
+    fresh = [
+        name
+        for name in _class_head_names(model)
+        if name in state_dict
+        and len(state_dict[name]) != len(own[name])
+        and state_dict[name].shape[1:] == own[name].shape[1:]
+    ]
+    if fresh:
+        logger.warning(
+            "%s has %d classes, this run %s: these keep their random initialisation: %s",
+            path,
+            len(state_dict[fresh[0]]),
+            config.model.num_classes,
+            ", ".join(fresh),
+        )
+    load_state(model, state_dict | {name: own[name] for name in fresh})
+    return fresh
+
+
+def _class_head_names(model: Detector) -> list[str]:
+    modules = (model.heads.class_embed, model.heads.one_to_many_class_embed)
+    heads = {id(p) for module in modules if module is not None for p in module.parameters()}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in heads]

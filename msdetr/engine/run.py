@@ -1,0 +1,170 @@
+"""From a configuration to a trainer that is ready to go."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+from msdetr.config import RunConfig, config_to_dict
+from msdetr.data.coco import load_coco
+from msdetr.data.dataset import eval_dataset, train_dataset
+from msdetr.data.labels import LabelMap
+from msdetr.data.paths import resolve_split
+from msdetr.engine.checkpoint import (
+    Checkpoint,
+    check_resumable,
+    find_checkpoints,
+    load_checkpoint,
+    load_newest_checkpoint,
+)
+from msdetr.engine.distributed import Worker, broadcast_model, broadcast_object
+from msdetr.engine.pretrained import start_from_weights
+from msdetr.engine.seeding import seed_initialization
+from msdetr.engine.trainer import RunData, Trainer
+from msdetr.model.detector import Detector, build_detector
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.json"
+
+
+def build_trainer(config: RunConfig, worker: Worker) -> Trainer:
+    """Read the data, build the model, and go to where the run starts.
+
+    That is step 0 with fresh weights or those of `config.weights`, or the step of the checkpoint
+    that `config.resume` names. Writes the resolved configuration to the run folder.
+
+    Raises:
+        ValueError, OSError: the data, the checkpoint or the weights are missing, damaged or do not
+            fit the configuration; or a new run would mix with an earlier one in its folder.
+    """
+    data = load_run_data(config)
+    config = resolve_num_classes(config, data.label_map)
+    source = find_resume_source(config, worker)
+    model = build_model(config, worker, initialize=source is None)
+    trainer = Trainer(config, model, data, worker)
+    if source is not None:
+        check_resumable(
+            source[1],
+            config,
+            steps_per_epoch=trainer.steps_per_epoch,
+            label_map=data.label_map.to_dict(),
+        )
+        trainer.load(source[1])
+        logger.info("resuming after step %d from %s", trainer.step, source[0])
+    if worker.is_main:
+        _write_config(config)
+    _log_start(trainer)
+    return trainer
+
+
+def load_run_data(config: RunConfig) -> RunData:
+    """The training images and, unless the run never evaluates, the validation images.
+
+    Raises:
+        ValueError: files are missing or malformed, there are no training images, or the validation
+            annotations have categories that the training annotations lack.
+    """
+    images, annotations = resolve_split(config.data, "train")
+    train = load_coco(annotations, images, config.data.label_layout)
+    if not config.train.eval_every:
+        return RunData(train=train_dataset(train, config.data), label_map=train.label_map)
+    val_images, val_annotations = resolve_split(config.data, "val")
+    val = load_coco(val_annotations, val_images, label_map=train.label_map)
+    return RunData(
+        train=train_dataset(train, config.data),
+        label_map=train.label_map,
+        val=eval_dataset(val, config.data),
+        val_annotations=val_annotations,
+    )
+
+
+def resolve_num_classes(config: RunConfig, label_map: LabelMap) -> RunConfig:
+    """The configuration with `model.num_classes` set.
+
+    Raises:
+        ValueError: it is set already, to less than the annotation file needs.
+    """
+    given, needed = config.model.num_classes, label_map.num_classes
+    if given is not None and given < needed:
+        raise ValueError(
+            f"model.num_classes is {given}, but the annotation file needs {needed}: leave it out "
+            "to take the number from the file"
+        )
+    model = dataclasses.replace(config.model, num_classes=given or needed)
+    return dataclasses.replace(config, model=model)
+
+
+def find_resume_source(config: RunConfig, worker: Worker) -> tuple[Path, Checkpoint] | None:
+    """The checkpoint that the run goes on from, the same on every rank; None for a new run.
+
+    Raises:
+        ValueError: the named checkpoint cannot be read, or the run folder holds checkpoints that
+            the run would mix with its own.
+    """
+    output = config.output
+    if config.resume == "auto":
+        newest = load_newest_checkpoint(output) if worker.is_main else None
+        path = broadcast_object(newest[0] if newest else None, worker)
+        if path is None:
+            logger.info("no checkpoint in %s: starting a new run", output)
+            return None
+        return newest or (path, load_checkpoint(path))
+    existing = find_checkpoints(output)
+    if config.resume is None:
+        if existing:
+            raise ValueError(
+                f"{output} holds checkpoints of an earlier run, up to step {existing[-1][0]}: "
+                "continue it with --resume auto, or choose another --output"
+            )
+        return None
+    checkpoint = load_checkpoint(Path(config.resume))
+    if existing and existing[-1][0] > checkpoint.step:
+        raise ValueError(
+            f"{output} holds checkpoints up to step {existing[-1][0]}, and {config.resume} is of "
+            f"step {checkpoint.step}: choose another --output, or remove the later ones"
+        )
+    return Path(config.resume), checkpoint
+
+
+def build_model(config: RunConfig, worker: Worker, *, initialize: bool) -> Detector:
+    """The detector on the worker's device, with the same weights on every rank.
+
+    Args:
+        config: with `model.num_classes` set.
+        worker: this process.
+        initialize: give it its first weights; False where a checkpoint is loaded next.
+    """
+    seed_initialization(config.seed)
+    from_file = initialize and config.weights is not None
+    model = build_detector(config.model, initialize_backbone=initialize and not from_file)
+    if config.weights is not None and initialize:
+        start_from_weights(model, config.weights, config)
+        logger.info("starting from the weights of %s", config.weights)
+    model.to(worker.device)
+    broadcast_model(model, worker)
+    return model
+
+
+def _write_config(config: RunConfig) -> None:
+    config.output.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config_to_dict(config), indent=2)
+    (config.output / CONFIG_FILE).write_text(text + "\n")
+
+
+def _log_start(trainer: Trainer) -> None:
+    num_parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    logger.info(
+        "%d training images, %d classes, %.1f M trainable parameters, %s, %d process(es), "
+        "%d steps per epoch, step %d of %d",
+        len(trainer.data.train),
+        trainer.data.label_map.num_classes,
+        num_parameters / 1e6,
+        trainer.worker.device,
+        trainer.worker.world_size,
+        trainer.steps_per_epoch,
+        trainer.step,
+        trainer.last_step,
+    )

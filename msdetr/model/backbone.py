@@ -1,0 +1,192 @@
+"""Feature extractors: torchvision's ResNets with frozen BatchNorm, and a small network for small
+images."""
+
+from __future__ import annotations
+
+import logging
+import math
+import urllib.error
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck
+from torchvision.ops import FrozenBatchNorm2d
+
+from msdetr.config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+
+class ResNetBackbone(nn.Module):
+    """ResNet-50 or -101 with frozen BatchNorm; parameters are named as in torchvision.
+
+    Stem and first stage are never trained.
+    """
+
+    def __init__(self, name: str, *, dilation: bool, train: bool) -> None:
+        super().__init__()
+        resnet = getattr(torchvision.models, name)(
+            weights=None,
+            norm_layer=FrozenBatchNorm2d,
+            replace_stride_with_dilation=[False, False, dilation],
+        )
+        self.conv1 = resnet.conv1
+        self.bn1 = resnet.bn1
+        self.layer1, self.layer2 = resnet.layer1, resnet.layer2
+        self.layer3, self.layer4 = resnet.layer3, resnet.layer4
+        self.channels = (512, 1024, 2048)
+        for name, parameter in self.named_parameters():
+            trained = train and name.startswith(("layer2", "layer3", "layer4"))
+            parameter.requires_grad_(trained)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        """[B, 3, H, W] normalised pixels to features of the last three stages, strides 8, 16, 32
+        (16 with dilation)."""
+        x = pixels.contiguous(memory_format=torch.channels_last)
+        x = _conv_norm(x, self.conv1, self.bn1).relu_()
+        x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+        features = []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in stage:
+                x = _bottleneck(x, cast(Bottleneck, block))
+            features.append(x)
+        return features[1:]
+
+
+def _bottleneck(x: Tensor, block: Bottleneck) -> Tensor:
+    identity = x
+    if block.downsample is not None:
+        conv, norm = block.downsample
+        identity = _conv_norm(x, conv, norm)
+    x = _conv_norm(x, block.conv1, block.bn1).relu_()
+    x = _conv_norm(x, block.conv2, block.bn2).relu_()
+    x = _conv_norm(x, block.conv3, block.bn3)
+    return (x + identity).relu_()
+
+
+def _conv_norm(x: Tensor, conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> Tensor:
+    # A frozen BatchNorm is a scale and a shift per channel. Folded into the convolution's weight
+    # they cost a pass over the weight instead of two over the activations, forward and backward.
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    shift = norm.bias - norm.running_mean * scale
+    weight = conv.weight * scale[:, None, None, None]
+    return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+class ConvNetBackbone(nn.Module):
+    """A few residual convolutions with GroupNorm, trained from scratch, for small images."""
+
+    widths = (32, 48, 96, 128, 160)
+    """Channels at strides 2, 4, 8, 16, 32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        stages: list[nn.Module] = []
+        previous = 3
+        for width in self.widths:
+            stages.append(_ConvNetStage(previous, width))
+            previous = width
+        self.stages = nn.ModuleList(stages)
+        self.channels = self.widths[2:]
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        """[B, 3, H, W] normalised pixels to features of strides 8, 16, 32."""
+        x = pixels.contiguous(memory_format=torch.channels_last)
+        features = []
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return features[2:]
+
+
+class _ConvNetStage(nn.Module):
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(in_channels, channels, 3, stride=2, padding=1, bias=False)
+        self.down_norm = group_norm(channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm1 = group_norm(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = group_norm(channels)
+        for conv in (self.down, self.conv1, self.conv2):
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down_norm(self.down(x)).relu()
+        update = self.norm1(self.conv1(x)).relu()
+        output: Tensor = (x + self.norm2(self.conv2(update))).relu()
+        return output
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm of 32 groups as published, or the most groups that divide a narrower width."""
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+
+def build_backbone(config: ModelConfig) -> ResNetBackbone | ConvNetBackbone:
+    """The backbone of a configuration, not yet loaded with weights."""
+    if config.backbone == "convnet":
+        backbone = ConvNetBackbone()
+        backbone.requires_grad_(config.train_backbone)
+        return backbone
+    return ResNetBackbone(config.backbone, dilation=config.dilation, train=config.train_backbone)
+
+
+def load_backbone_weights(backbone: nn.Module, config: ModelConfig) -> None:
+    """Load the initial weights that `config.backbone_weights` names.
+
+    In a distributed run only the main rank loads (and downloads) them;
+    `DistributedDataParallel` hands its weights to the others.
+
+    Raises:
+        ValueError: the name is unknown, or the file is missing or does not fit.
+        RuntimeError: the download failed; the message names the other choices.
+    """
+    source = config.backbone_weights
+    if source == "none":
+        return
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
+    if config.backbone == "convnet":
+        raise ValueError(
+            f"there are no weights {source!r} for backbone 'convnet': set backbone_weights to none"
+        )
+    enum = torchvision.models.get_model_weights(config.backbone)
+    if source in enum.__members__:
+        state_dict = _download(enum[source], source)
+    elif Path(source).is_file():
+        state_dict = torch.load(source, map_location="cpu", weights_only=True)
+    else:
+        raise ValueError(
+            f"backbone_weights {source!r} is neither a file nor one of "
+            f"{', '.join(enum.__members__)}, none"
+        )
+    missing, unexpected = backbone.load_state_dict(state_dict, strict=False)
+    # The classifier of ImageNet has no place here, nor have the counters of live BatchNorm.
+    unexpected = [
+        key for key in unexpected if not key.startswith("fc.") and "num_batches_tracked" not in key
+    ]
+    if missing or unexpected:
+        raise ValueError(
+            f"backbone_weights {source!r} do not fit {config.backbone}: "
+            f"missing {missing[:5]}, unexpected {unexpected[:5]}"
+        )
+    logger.info("backbone %s starts from %s", config.backbone, source)
+
+
+def _download(weights: torchvision.models.WeightsEnum, name: str) -> dict[str, Tensor]:
+    try:
+        return cast(dict[str, Tensor], weights.get_state_dict(progress=False, check_hash=True))
+    except (urllib.error.URLError, OSError) as error:
+        raise RuntimeError(
+            f"could not download backbone weights {name} from {weights.url} ({error}). "
+            "Without a network, set model.backbone_weights to the path of a downloaded file, "
+            "or to none to start from random weights"
+        ) from error

@@ -1,0 +1,121 @@
+"""The whole detector: backbone, neck, encoder, query selection, decoder."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from msdetr.config import ModelConfig
+from msdetr.model.backbone import build_backbone, load_backbone_weights
+from msdetr.model.decoder import Decoder
+from msdetr.model.encoder import Encoder
+from msdetr.model.geometry import level_valid_sizes
+from msdetr.model.heads import DetectionHeads
+from msdetr.model.neck import Neck
+from msdetr.model.position_embedding import LearnedPositionEmbedding, SinePositionEmbedding
+from msdetr.model.query_selection import EmbeddedQueries, ProposalQueries
+from msdetr.structures import DetectorOutput, FeaturePyramid, ImageBatch
+
+# Mean and standard deviation of ImageNet's RGB values, the normalisation of torchvision's weights.
+PIXEL_MEAN = (0.485, 0.456, 0.406)
+PIXEL_STD = (0.229, 0.224, 0.225)
+
+
+class Detector(nn.Module):
+    """MS-DETR and its relatives; `ModelConfig` says which.
+
+    Raises:
+        ValueError: `config.num_classes` is not set.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.num_classes is None:
+            raise ValueError("num_classes is not set: take it from the data set's label map")
+        self.config = config
+        self.backbone = build_backbone(config)
+        self.neck = Neck(self.backbone.channels, config.hidden_dim, config.num_levels)
+        position_embedding = (
+            SinePositionEmbedding
+            if config.position_embedding == "sine"
+            else LearnedPositionEmbedding
+        )
+        self.position_embedding = position_embedding(config.hidden_dim)
+        self.level_embed = nn.Parameter(torch.randn(config.num_levels, config.hidden_dim))
+        self.encoder = Encoder(config)
+        self.query_selection = (ProposalQueries if config.two_stage else EmbeddedQueries)(config)
+        self.decoder = Decoder(config)
+        self.heads = DetectionHeads(config, config.num_classes)
+        self.register_buffer("pixel_mean", _per_channel(PIXEL_MEAN), persistent=False)
+        self.register_buffer("pixel_std", _per_channel(PIXEL_STD), persistent=False)
+
+    def forward(self, images: ImageBatch) -> DetectorOutput:
+        """Detect.
+
+        Args:
+            images: uint8 pixels are normalised here; floating point ones are taken as they are.
+
+        Returns:
+            Predictions of all decoder layers. One-to-many and encoder predictions are computed in
+            training mode only.
+
+        Raises:
+            ValueError: two-stage, and the images have fewer tokens than there are queries.
+        """
+        pyramid, pos = self._extract(images)
+        memory = self.encoder(pyramid, pos)
+        queries = self.query_selection(memory, self.heads)
+        one_to_one, one_to_many = self.decoder(queries, memory, self.heads)
+        return DetectorOutput(one_to_one, one_to_many, queries.proposals, queries.anchors)
+
+    def _extract(self, images: ImageBatch) -> tuple[FeaturePyramid, Tensor]:
+        """Feature levels and their position codes [B, S, C], flattened."""
+        levels = self.neck(self.backbone(self._normalize(images)))
+        spatial_shapes = tuple((level.shape[2], level.shape[3]) for level in levels)
+        padded_size = (images.pixels.shape[2], images.pixels.shape[3])
+        valid_sizes = level_valid_sizes(images.sizes, padded_size, spatial_shapes)
+        tokens = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
+        codes = self.position_embedding(spatial_shapes, valid_sizes)
+        pos = torch.cat(
+            [
+                code.to(tokens.dtype) + embedding
+                for code, embedding in zip(codes, self.level_embed, strict=True)
+            ],
+            dim=1,
+        )
+        return FeaturePyramid(tokens, spatial_shapes, valid_sizes), pos
+
+    def _normalize(self, images: ImageBatch) -> Tensor:
+        pixels = images.pixels
+        if pixels.is_floating_point():
+            return pixels
+        mean, std = cast(Tensor, self.pixel_mean), cast(Tensor, self.pixel_std)
+        normalized = (pixels.to(mean.dtype) / 255.0 - mean) / std
+        # Padding is zero after normalisation, as it was for the published weights.
+        height, width = pixels.shape[-2:]
+        inside_y = torch.arange(height, device=pixels.device) < images.sizes[:, 0, None]
+        inside_x = torch.arange(width, device=pixels.device) < images.sizes[:, 1, None]
+        return normalized * (inside_y[:, None, :, None] & inside_x[:, None, None, :])
+
+
+def build_detector(config: ModelConfig, *, initialize_backbone: bool = True) -> Detector:
+    """The detector of a configuration.
+
+    Args:
+        config: with `num_classes` set.
+        initialize_backbone: load the weights that `config.backbone_weights` names; False where a
+            checkpoint is loaded next.
+
+    Raises:
+        ValueError, RuntimeError: see `msdetr.model.backbone.load_backbone_weights`.
+    """
+    detector = Detector(config)
+    if initialize_backbone:
+        load_backbone_weights(detector.backbone, config)
+    return detector
+
+
+def _per_channel(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values)[:, None, None]

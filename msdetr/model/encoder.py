@@ -1,0 +1,56 @@
+"""Deformable encoder: every token attends to a few points of every level around itself."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from msdetr.config import ModelConfig
+from msdetr.model.attention import MSDeformAttn
+from msdetr.model.geometry import cell_centers, level_valid_ratios
+from msdetr.model.layers import FeedForward
+from msdetr.structures import FeaturePyramid
+
+
+class EncoderLayer(nn.Module):
+    """Deformable self-attention and feed-forward network, post-norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_attn = MSDeformAttn(
+            config.hidden_dim, config.num_levels, config.num_heads, config.num_encoder_points
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        self.self_attn_norm = nn.LayerNorm(config.hidden_dim)
+        self.ffn = FeedForward(config.hidden_dim, config.feedforward_dim, config.dropout)
+
+    def forward(self, pyramid: FeaturePyramid, pos: Tensor, reference_points: Tensor) -> Tensor:
+        """New tokens [B, S, C] from those of `pyramid`, position codes [B, S, C] and reference
+        points [B, S, L, 2]."""
+        tokens = pyramid.tokens
+        attended = self.self_attn(
+            tokens + pos,
+            reference_points,
+            tokens,
+            pyramid.spatial_shapes,
+            pyramid.valid_sizes,
+        )
+        tokens = self.self_attn_norm(tokens + self.dropout(attended))
+        output: Tensor = self.ffn(tokens)
+        return output
+
+
+class Encoder(nn.Module):
+    """A stack of encoder layers."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_encoder_layers))
+
+    def forward(self, pyramid: FeaturePyramid, pos: Tensor) -> FeaturePyramid:
+        """Tokens [B, S, C] of `pyramid`, encoded, given position codes `pos` [B, S, C]."""
+        centers = cell_centers(pyramid.spatial_shapes, pyramid.valid_sizes)
+        ratios = level_valid_ratios(pyramid.spatial_shapes, pyramid.valid_sizes)
+        reference_points = centers[:, :, None] * ratios[:, None]  # [B, S, L, 2]
+        for layer in self.layers:
+            pyramid = pyramid._replace(tokens=layer(pyramid, pos, reference_points))
+        return pyramid

@@ -1,0 +1,59 @@
+"""Cost of matching predictions with targets (DETR, eq. 2; focal class cost of Deformable DETR)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from msdetr.boxes import at_least_float32, cxcywh_to_xyxy, pairwise_generalized_iou
+from msdetr.ops.dispatch import Impl, resolve_impl
+from msdetr.structures import Targets
+
+FOCAL_ALPHA = 0.25
+FOCAL_GAMMA = 2.0
+WORST_COST = 1e6
+"""Stands for a cost that is not finite, so that a solver ranks the pair last."""
+
+
+def matching_cost(
+    logits: Tensor,
+    boxes: Tensor,
+    targets: Targets,
+    *,
+    cost_class: float,
+    cost_bbox: float,
+    cost_giou: float,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Cost of every prediction for every target of its own image, all layers at once.
+
+    Args:
+        logits: [N, B, Q, K]
+        boxes: [N, B, Q, 4] cxcywh
+        targets: T slots; the costs of empty slots mean nothing.
+        cost_class: weight of the focal class cost; with 0 the logits are not read.
+        cost_bbox: weight of the L1 distance.
+        cost_giou: weight of the negative GIoU.
+        impl: see `msdetr.ops.dispatch`.
+
+    Returns:
+        [N, B, Q, T], float32 at least, always finite.
+    """
+    resolve_impl("matching_cost", impl)
+    boxes, target_boxes = at_least_float32(boxes), targets.boxes.to(boxes.dtype)
+    l1 = sum(
+        (boxes[..., :, None, side] - target_boxes[:, None, :, side]).abs() for side in range(4)
+    )
+    giou = pairwise_generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
+    cost = cost_bbox * l1 - cost_giou * giou
+    if cost_class:
+        index = targets.labels[None, :, None].expand(*logits.shape[:3], -1)
+        cost = cost + cost_class * _focal_cost(at_least_float32(logits.gather(3, index)))
+    return torch.nan_to_num(cost, nan=WORST_COST, posinf=WORST_COST, neginf=WORST_COST)
+
+
+def _focal_cost(logits: Tensor) -> Tensor:
+    probability = logits.sigmoid()
+    positive = (1 - probability) ** FOCAL_GAMMA * -(probability + 1e-8).log()
+    negative = probability**FOCAL_GAMMA * -(1 - probability + 1e-8).log()
+    return FOCAL_ALPHA * positive - (1 - FOCAL_ALPHA) * negative

@@ -1,0 +1,193 @@
+"""Multi-scale deformable attention (Zhu et al., Deformable DETR, ICLR 2021, eq. 3).
+
+Each query samples P points on each of L feature maps, per head, and adds the bilinear samples up
+with its attention weights. Samples outside a map are zero; a location is a fraction of the map,
+(0, 0) its top left corner and (1, 1) its bottom right corner, pixel centres at half integers.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from msdetr.ops.dispatch import Impl, resolve_impl
+from msdetr.structures import SpatialShapes, spatial_shapes_tensor
+
+
+def ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    *,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Weighted sum of bilinear samples at given locations.
+
+    Args:
+        value: [B, S, M, D], the feature maps of all levels, flattened row by row.
+        spatial_shapes: L pairs (height, width); their areas sum to S.
+        sampling_locations: [B, Q, M, L, P, 2], (x, y) as fractions of each map. A location that is
+            not finite samples zero.
+        attention_weights: [B, Q, M, L, P]
+        impl: see `msdetr.ops.dispatch`.
+
+    Returns:
+        [B, Q, M * D], in the dtype of `value`.
+
+    Raises:
+        ValueError: shapes disagree; the message names the argument.
+    """
+    _check_value(value, spatial_shapes)
+    batch, _, heads, _ = value.shape
+    levels = len(spatial_shapes)
+    expected = f"[{batch}, Q, {heads}, {levels}, P"
+    if (
+        sampling_locations.ndim != 6
+        or sampling_locations.shape[0] != batch
+        or sampling_locations.shape[2:4] != (heads, levels)
+        or sampling_locations.shape[5] != 2
+    ):
+        raise ValueError(
+            f"sampling_locations must be {expected}, 2], got {list(sampling_locations.shape)}"
+        )
+    if attention_weights.shape != sampling_locations.shape[:-1]:
+        raise ValueError(
+            f"attention_weights must be {list(sampling_locations.shape[:-1])}, "
+            f"got {list(attention_weights.shape)}"
+        )
+    resolve_impl("ms_deform_attn", impl)
+    return _reference(value, spatial_shapes, sampling_locations, attention_weights)
+
+
+def ms_deform_attn_fused(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    projection: Tensor,
+    reference_points: Tensor,
+    valid_sizes: Tensor | None = None,
+    *,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Deformable attention from the raw output of one linear layer.
+
+    Args:
+        value: [B, S, M, D], the feature maps of all levels, flattened row by row.
+        spatial_shapes: L pairs (height, width); their areas sum to S.
+        projection: [B, Q, M * L * P * 3]: first the sampling offsets [M, L, P, 2], then the
+            attention logits [M, L, P], whose softmax runs over L * P.
+        reference_points: [B, Q, L, 2] points, offsets then count in pixels of their level; or
+            [B, Q, L, 4] boxes (cxcywh), offsets then count in box sides over 2 P. Fractions of the
+            padded maps.
+        valid_sizes: [B, L, 2], valid (height, width) of each image and level; what lies right and
+            below is padding and samples zero. None: no padding.
+        impl: see `msdetr.ops.dispatch`.
+
+    Returns:
+        [B, Q, M * D], in the dtype of `value`.
+
+    Raises:
+        ValueError: shapes disagree; the message names the argument.
+    """
+    _check_value(value, spatial_shapes)
+    batch, _, heads, _ = value.shape
+    levels = len(spatial_shapes)
+    if projection.ndim != 3 or projection.shape[0] != batch:
+        raise ValueError(f"projection must be [{batch}, Q, ...], got {list(projection.shape)}")
+    if projection.shape[2] % (heads * levels * 3):
+        raise ValueError(
+            f"projection's last dimension must be a multiple of heads * levels * 3 = "
+            f"{heads * levels * 3}, got {projection.shape[2]}"
+        )
+    queries = projection.shape[1]
+    if reference_points.shape not in ((batch, queries, levels, 2), (batch, queries, levels, 4)):
+        raise ValueError(
+            f"reference_points must be [{batch}, {queries}, {levels}, 2 or 4], "
+            f"got {list(reference_points.shape)}"
+        )
+    if valid_sizes is not None and valid_sizes.shape != (batch, levels, 2):
+        raise ValueError(
+            f"valid_sizes must be [{batch}, {levels}, 2], got {list(valid_sizes.shape)}"
+        )
+    resolve_impl("ms_deform_attn_fused", impl)
+    return _fused_reference(value, spatial_shapes, projection, reference_points, valid_sizes)
+
+
+def padding_mask(spatial_shapes: SpatialShapes, valid_sizes: Tensor) -> Tensor:
+    """[B, S] bool, True where a token of the flattened levels is padding."""
+    device = valid_sizes.device
+    masks = []
+    for level, (height, width) in enumerate(spatial_shapes):
+        outside_y = torch.arange(height, device=device) >= valid_sizes[:, level, 0, None]
+        outside_x = torch.arange(width, device=device) >= valid_sizes[:, level, 1, None]
+        masks.append((outside_y[:, :, None] | outside_x[:, None, :]).flatten(1))
+    return torch.cat(masks, dim=1)
+
+
+def _fused_reference(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    projection: Tensor,
+    reference_points: Tensor,
+    valid_sizes: Tensor | None,
+) -> Tensor:
+    heads, levels = value.shape[2], len(spatial_shapes)
+    points = projection.shape[2] // (heads * levels * 3)
+    num_offsets = heads * levels * points * 2
+    # Locations are float32 at least: a bfloat16 coordinate is off by a third of a pixel.
+    projection = projection.to(torch.promote_types(projection.dtype, torch.float32))
+    offsets = projection[..., :num_offsets].unflatten(-1, (heads, levels, points, 2))
+    logits = projection[..., num_offsets:].unflatten(-1, (heads, levels * points))
+    weights = logits.softmax(-1).unflatten(-1, (levels, points))
+
+    reference = reference_points[:, :, None, :, None]  # [B, Q, 1, L, 1, 2 or 4]
+    if reference.shape[-1] == 2:
+        shapes = spatial_shapes_tensor(spatial_shapes, dtype=offsets.dtype, device=offsets.device)
+        locations = reference + offsets / shapes.flip(-1)[:, None]
+    else:
+        locations = reference[..., :2] + offsets / points * reference[..., 2:] * 0.5
+    if valid_sizes is not None:
+        padding = padding_mask(spatial_shapes, valid_sizes)
+        value = value.masked_fill(padding[:, :, None, None], 0.0)
+    return _reference(value, spatial_shapes, locations, weights)
+
+
+def _reference(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    batch, tokens, heads, channels = value.shape
+    queries = sampling_locations.shape[1]
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    # A sample at -1 or 2 is outside of any map, so clamping changes no value and no gradient; it
+    # keeps grid_sample's integer conversion in range.
+    locations = torch.nan_to_num(sampling_locations, nan=-1.0).clamp(-1.0, 2.0)
+    grid = (2.0 * locations - 1.0).to(dtype)
+    grid = grid.permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # [L, B * M, Q, P, 2]
+    weights = attention_weights.to(dtype).permute(3, 0, 2, 1, 4).flatten(1, 2)  # [L, B * M, Q, P]
+    maps = value.to(dtype).permute(0, 2, 3, 1).reshape(batch * heads, channels, tokens)
+
+    output = maps.new_zeros(batch * heads, channels, queries)
+    start = 0
+    for level, (height, width) in enumerate(spatial_shapes):
+        level_map = maps[..., start : start + height * width].unflatten(-1, (height, width))
+        start += height * width
+        samples = F.grid_sample(level_map, grid[level], align_corners=False)  # [B * M, D, Q, P]
+        output = output + (samples * weights[level, :, None]).sum(-1)
+    output = output.view(batch, heads, channels, queries).permute(0, 3, 1, 2).flatten(2)
+    return output.to(value.dtype)
+
+
+def _check_value(value: Tensor, spatial_shapes: SpatialShapes) -> None:
+    if value.ndim != 4:
+        raise ValueError(f"value must be [B, S, heads, head dim], got {list(value.shape)}")
+    if not value.is_floating_point():
+        raise ValueError(f"value must be floating point, got {value.dtype}")
+    area = sum(height * width for height, width in spatial_shapes)
+    if not spatial_shapes or area != value.shape[1]:
+        raise ValueError(
+            f"spatial_shapes {tuple(spatial_shapes)} hold {area} tokens, value has {value.shape[1]}"
+        )

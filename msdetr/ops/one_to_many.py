@@ -1,0 +1,125 @@
+"""One-to-many assignment: several queries per target (MS-DETR, section 3.3; after DETA).
+
+Every query goes to its best target if it scores well enough, every target keeps at least its best
+query, and each target then takes as many of its best queries as went to it, k at most.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from msdetr.boxes import at_least_float32, box_iou, cxcywh_to_xyxy
+from msdetr.ops.dispatch import Impl, resolve_impl
+from msdetr.structures import Targets
+
+WORST_SCORE = -1.0
+"""Stands for a score that is not finite, below any score."""
+
+
+class OneToMany(NamedTuple):
+    """Pairs of targets and queries; a query may serve several targets."""
+
+    query_index: Tensor
+    """[N, B, T, k] int64, best first; 0 where `mask` is False."""
+    mask: Tensor
+    """[N, B, T, k] bool"""
+    score: Tensor
+    """[N, B, T, k] score of the pair; -inf where `mask` is False."""
+
+
+def one_to_many(
+    logits: Tensor,
+    boxes: Tensor,
+    targets: Targets,
+    priority: Tensor,
+    *,
+    k: int,
+    threshold: float,
+    positive_fraction: float,
+    cost_box: float = 0.7,
+    cost_class: float = 0.3,
+    impl: Impl = "auto",
+) -> OneToMany:
+    """Assign queries to targets, for all layers and images at once.
+
+    The score of a pair is `cost_box * IoU + cost_class * probability of the target's class`. A
+    query is positive where its best score reaches `threshold`, or where it is the best query of
+    some target. Of the positives of an image, the `int(positive_fraction * Q)` of lowest priority
+    value are kept. A target with n kept queries takes the `min(n, k)` best of its whole score row:
+    not necessarily the kept ones. Ties go to the lowest index.
+
+    Args:
+        logits: [N, B, Q, K]
+        boxes: [N, B, Q, 4] cxcywh
+        targets: T slots.
+        priority: [N, B, Q] or [B, Q], random numbers in training.
+        k: most queries per target.
+        threshold: least score of a positive query.
+        positive_fraction: share of the queries that may be kept.
+        cost_box: weight of the IoU in the score.
+        cost_class: weight of the class probability in the score.
+        impl: see `msdetr.ops.dispatch`.
+
+    Returns:
+        Pairs with k = min(k, Q) places per target.
+    """
+    resolve_impl("one_to_many", impl)
+    num_layers, batch, queries, _ = logits.shape
+    slots = targets.labels.shape[1]
+    k = min(k, queries)
+    score = _score(logits, boxes, targets, cost_box, cost_class)  # [N, B, T, Q]
+
+    best_score, best_target = score.max(dim=2)  # [N, B, Q]
+    best_query = score.argmax(dim=3)  # [N, B, T]
+    # An empty slot's best query means nothing; it must not become positive.
+    is_best = torch.zeros_like(best_target).scatter_add_(
+        2, best_query, targets.mask.expand_as(best_query).long()
+    )
+    positive = (best_score >= threshold) | (is_best > 0)
+    kept = positive & _lowest(priority, positive, int(positive_fraction * queries))
+
+    count = torch.zeros_like(best_query).scatter_add_(2, best_target, kept.long())  # [N, B, T]
+    top_score, top_query = _top_k(score, k)
+    taken = torch.arange(k, device=score.device) < count[..., None]
+    taken = taken & targets.mask[:, :, None]
+    assert taken.shape == (num_layers, batch, slots, k)
+    return OneToMany(
+        top_query.masked_fill(~taken, 0), taken, top_score.masked_fill(~taken, float("-inf"))
+    )
+
+
+def _score(
+    logits: Tensor, boxes: Tensor, targets: Targets, cost_box: float, cost_class: float
+) -> Tensor:
+    """[N, B, T, Q]; -inf in empty slots."""
+    boxes = cxcywh_to_xyxy(at_least_float32(boxes))
+    target_boxes = cxcywh_to_xyxy(targets.boxes.to(boxes.dtype))
+    iou = box_iou(boxes[:, :, None], target_boxes[:, :, None])
+    index = targets.labels[None, :, None].expand(*logits.shape[:3], -1)
+    probability = at_least_float32(logits.gather(3, index)).sigmoid().transpose(2, 3)
+    score = cost_box * iou + cost_class * probability
+    score = torch.where(score.isfinite(), score, WORST_SCORE)
+    return score.masked_fill(~targets.mask[:, :, None], float("-inf"))
+
+
+def _lowest(priority: Tensor, among: Tensor, limit: int) -> Tensor:
+    """[N, B, Q] bool, True for the `limit` lowest priorities of those in `among`."""
+    order = priority.expand_as(among).masked_fill(~among, float("inf")).argsort(dim=-1, stable=True)
+    rank = torch.empty_like(order)
+    rank.scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+    return rank < limit
+
+
+def _top_k(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    # `max` is documented to return the first of equal values; `topk` promises no order among them.
+    score = score.clone()
+    scores, indices = [], []
+    for _ in range(k):
+        best = score.max(dim=-1, keepdim=True)
+        score.scatter_(-1, best.indices, float("-inf"))
+        scores.append(best.values)
+        indices.append(best.indices)
+    return torch.cat(scores, dim=-1), torch.cat(indices, dim=-1)

@@ -1,0 +1,26 @@
+"""Golden cases: results of the published code, found by file name prefix in `--golden-dir`."""
+
+from __future__ import annotations
+
+import pytest
+
+from parity.golden import find_cases
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrise a test marked `golden(prefix, ...)` on `case`, over the cases it names."""
+    marker = metafunc.definition.get_closest_marker("golden")
+    if marker is None:
+        return
+    folder = metafunc.config.getoption("--golden-dir")
+    cases = find_cases(folder, marker.args)
+    if not cases:
+        reason = f"no {' or '.join(marker.args)} cases in {folder}"
+        cases = [pytest.param(None, marks=pytest.mark.skip(reason=reason))]
+    metafunc.parametrize("case", cases, ids=lambda case: getattr(case, "name", None))
+
+
+@pytest.fixture
+def impl(request: pytest.FixtureRequest) -> str:
+    """Implementation asked for on the command line."""
+    return request.config.getoption("--impl")

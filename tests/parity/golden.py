@@ -1,0 +1,115 @@
+"""Reading golden cases and rebuilding what they leave to a rule: images, weights, targets."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from msdetr.structures import ImageBatch, Targets
+
+
+@dataclass(frozen=True)
+class GoldenCase:
+    """One case: arrays from `NAME.npz`, configuration and scalars from `NAME.json`."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        with np.load(self.path) as file:
+            return dict(file)
+
+    @cached_property
+    def info(self) -> dict[str, Any]:
+        return json.loads(self.path.with_suffix(".json").read_text())
+
+    def tensor(self, name: str) -> Tensor:
+        return torch.from_numpy(self.arrays[name])
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Arrays whose name starts with `prefix`, by the rest of their name."""
+        return {
+            name.removeprefix(prefix): torch.from_numpy(array)
+            for name, array in self.arrays.items()
+            if name.startswith(prefix)
+        }
+
+    def targets(self) -> Targets:
+        """Padded targets; two slots more than needed, filled with what must not matter."""
+        boxes, labels = [], []
+        while f"target{len(boxes)}.boxes" in self.arrays:
+            index = len(boxes)
+            boxes.append(self.tensor(f"target{index}.boxes"))
+            labels.append(self.tensor(f"target{index}.labels"))
+        slots = max(len(image) for image in labels) + 2
+        padded_labels = torch.zeros(len(labels), slots, dtype=torch.int64)
+        padded_boxes = torch.full((len(labels), slots, 4), 0.5, dtype=boxes[0].dtype)
+        for image, (image_boxes, image_labels) in enumerate(zip(boxes, labels, strict=True)):
+            padded_labels[image, : len(image_labels)] = image_labels
+            padded_boxes[image, : len(image_boxes)] = image_boxes
+        count = torch.tensor([len(image) for image in labels])
+        return Targets(padded_labels, padded_boxes, count)
+
+    def images(self) -> ImageBatch:
+        """The case's normalised images, float64, padded to the largest."""
+        generator = np.random.Generator(np.random.PCG64(self.info["seed"]))
+        sizes = torch.tensor(self.info["sizes"])
+        height, width = sizes.amax(0).tolist()
+        pixels = torch.zeros(len(sizes), 3, height, width, dtype=torch.float64)
+        for image, (image_height, image_width) in enumerate(sizes.tolist()):
+            values = generator.standard_normal((3, image_height, image_width))
+            pixels[image, :, :image_height, :image_width] = torch.from_numpy(values)
+        return ImageBatch(pixels, sizes)
+
+    def published_state_dict(self) -> dict[str, Tensor]:
+        """Weights by the rule of the golden set, under their published names."""
+        refined = "--with_box_refine" in self.info["flags"]
+        return {
+            name: _weight(_canonical(name, refined), shape)
+            for name, shape in self.info["state_dict"].items()
+        }
+
+
+def find_cases(folder: Path, prefixes: tuple[str, ...]) -> list[GoldenCase]:
+    return [
+        GoldenCase(path) for path in sorted(folder.glob("*.npz")) if path.stem.startswith(prefixes)
+    ]
+
+
+def _canonical(name: str, refined: bool) -> str:
+    for head in ("bbox_embed.", "class_embed."):
+        name = name.replace(f"transformer.decoder.{head}", head)
+    name = name.replace("bbox_embed_o2m.", "bbox_embed.")
+    first, _, rest = name.partition(".")
+    if not refined and first in ("bbox_embed", "class_embed", "class_embed_o2m"):
+        name = f"{first}.0.{rest.partition('.')[2]}"
+    return name
+
+
+def _weight(canonical: str, shape: list[int]) -> Tensor:
+    seed = zlib.crc32(canonical.encode())
+    x = np.random.Generator(np.random.PCG64(seed)).standard_normal(shape)
+    last = canonical.rpartition(".")[2]
+    if last == "running_var":
+        x = 1 + 0.1 * np.abs(x)
+    elif last == "running_mean":
+        x = 0.1 * x
+    elif len(shape) >= 2:
+        x = x / np.sqrt(np.prod(shape[1:]))
+    elif last == "weight":
+        x = 1 + 0.1 * x
+    else:
+        x = 0.1 * x
+    return torch.from_numpy(np.asarray(x))

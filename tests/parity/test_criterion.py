@@ -1,0 +1,62 @@
+"""All losses and their gradients against the published criterion, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from msdetr.config import AssignmentConfig, LossConfig
+from msdetr.losses.criterion import Criterion
+from msdetr.structures import DetectorOutput, Predictions
+from parity.golden import GoldenCase
+from parity.published_losses import by_published_name
+
+
+def _predictions(case: GoldenCase, prefix: str) -> Predictions:
+    layers = sum(1 for name in case.arrays if name.startswith(f"{prefix}layer")) // 2
+    return Predictions(
+        torch.stack([case.tensor(f"{prefix}layer{i}.pred_logits") for i in range(layers)]),
+        torch.stack([case.tensor(f"{prefix}layer{i}.pred_boxes") for i in range(layers)]),
+    )
+
+
+@pytest.mark.golden("criterion")
+def test_losses_and_gradients(case: GoldenCase, impl: str) -> None:
+    if impl == "triton":
+        pytest.skip("the criterion chooses its implementation by device")
+    one_to_one, one_to_many = _predictions(case, ""), _predictions(case, "o2m.")
+    encoder = Predictions(case.tensor("enc.pred_logits")[None], case.tensor("enc.pred_boxes")[None])
+    leaves = {"": one_to_one, "o2m.": one_to_many, "enc.": encoder}
+    for predictions in leaves.values():
+        predictions.logits.requires_grad_()
+        predictions.boxes.requires_grad_()
+
+    info = case.info
+    criterion = Criterion(
+        AssignmentConfig(
+            one_to_many_k=info["k"],
+            one_to_many_threshold=info["threshold"],
+            indices_merge=info["use_indices_merge"],
+        ),
+        LossConfig(),
+    )
+    output = DetectorOutput(one_to_one, one_to_many, encoder, case.tensor("enc.anchors"))
+    losses = criterion(output, case.targets(), priority=case.tensor("priority"))
+
+    found = by_published_name(losses)
+    expected = {name: value for name, value in info["losses"].items() if name in found}
+    assert len(expected) == 3 * (2 * len(one_to_one.logits) + 1)
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert losses.total.item() == pytest.approx(info["total"], rel=1e-9)
+
+    losses.total.backward()
+    for prefix, predictions in leaves.items():
+        for layer in range(len(predictions.logits)):
+            name = "grad.enc." if prefix == "enc." else f"grad.{prefix}layer{layer}."
+            for field in ("logits", "boxes"):
+                torch.testing.assert_close(
+                    getattr(predictions, field).grad[layer].float(),
+                    case.tensor(f"{name}pred_{field}"),
+                    rtol=1e-6,
+                    atol=1e-7,
+                )

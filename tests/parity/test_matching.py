@@ -1,0 +1,69 @@
+"""Both assignments against the published matchers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from msdetr.assignment.one_to_many import assign_one_to_many
+from msdetr.config import AssignmentConfig
+from msdetr.ops.linear_assignment import linear_assignment
+from msdetr.ops.matching_cost import matching_cost
+from msdetr.ops.one_to_many import one_to_many
+from msdetr.structures import Predictions
+from parity.golden import GoldenCase
+
+
+def _pairs(query_index: Tensor, mask: Tensor) -> list[list[int]]:
+    """(query, target) pairs of one image from [T, k] places, by target, then query."""
+    pairs = [(int(query_index[target, place]), target) for target, place in mask.nonzero().tolist()]
+    return [list(pair) for pair in sorted(pairs, key=lambda pair: (pair[1], pair[0]))]
+
+
+@pytest.mark.golden("o2m_")
+def test_one_to_many(case: GoldenCase, impl: str) -> None:
+    targets = case.targets()
+    predictions = Predictions(case.tensor("pred_logits")[None], case.tensor("pred_boxes")[None])
+    options = {"k": case.info["k"], "threshold": case.info["threshold"]}
+    pairs = one_to_many(
+        *predictions,
+        targets,
+        case.tensor("priority"),
+        positive_fraction=0.25,
+        impl=impl,
+        **options,
+    )
+    for image in range(len(targets.count)):
+        found = _pairs(pairs.query_index[0, image], pairs.mask[0, image])
+        assert found == case.arrays[f"pairs{image}"].tolist()
+        cost = case.tensor(f"cost{image}")
+        for target, place in pairs.mask[0, image].nonzero().tolist():
+            query = pairs.query_index[0, image, target, place]
+            torch.testing.assert_close(pairs.score[0, image, target, place], cost[target, query])
+
+    config = AssignmentConfig(
+        one_to_many_k=options["k"], one_to_many_threshold=options["threshold"]
+    )
+    assignment = assign_one_to_many(predictions, targets, config, priority=case.tensor("priority"))
+    assert torch.equal(assignment.target_class[0], case.tensor("target_class"))
+
+
+@pytest.mark.golden("o2o_")
+def test_one_to_one(case: GoldenCase, impl: str) -> None:
+    targets = case.targets()
+    weights = case.info["cost"]
+    cost = matching_cost(
+        case.tensor("pred_logits")[None],
+        case.tensor("pred_boxes")[None],
+        targets,
+        cost_class=weights["class_"],
+        cost_bbox=weights["bbox"],
+        cost_giou=weights["giou"],
+        impl=impl,
+    )
+    query_index, mask = linear_assignment(cost[0], targets.count, impl=impl)
+    for image in range(len(targets.count)):
+        found = _pairs(query_index[image, :, None], mask[image, :, None])
+        published = sorted(case.arrays[f"pairs{image}"].tolist(), key=lambda pair: pair[::-1])
+        assert found == published

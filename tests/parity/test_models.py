@@ -1,0 +1,176 @@
+"""Whole models against the published code, in float64: outputs, losses, gradients, one step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from msdetr.config import RunConfig
+from msdetr.engine.optimizer import build_optimizer
+from msdetr.evaluation.postprocess import postprocess
+from msdetr.losses.criterion import Criterion, LossOutput
+from msdetr.model.checkpoint_adapter import load_state, published_name, published_to_ours
+from msdetr.model.detector import Detector
+from msdetr.published import config_from_published_args
+from msdetr.structures import DetectorOutput, Predictions
+from parity.golden import GoldenCase
+from parity.published_losses import by_published_name
+
+MODELS = pytest.mark.golden("ms_detr", "ddetr", "impl_a")
+RELATIVE = 1e-5
+
+
+class Step(NamedTuple):
+    """A training step of one case, before the optimizer."""
+
+    config: RunConfig
+    model: Detector
+    output: DetectorOutput
+    losses: LossOutput
+    gradients: dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def steps() -> dict[str, Step]:
+    """Steps by case name, each computed once for all tests of the module."""
+    return {}
+
+
+@pytest.fixture
+def step(case: GoldenCase, steps: dict[str, Step], impl: str) -> Step:
+    if impl == "triton":
+        pytest.skip("the model chooses its implementation by device")
+    if case.name not in steps:
+        steps.clear()  # A model in float64 is large: keep one.
+        steps[case.name] = _run(case)
+    return steps[case.name]
+
+
+def _run(case: GoldenCase) -> Step:
+    config = config_from_published_args(
+        case.info["flags"],
+        implementation=case.info["implementation"],
+        overrides=case.info["overrides"],
+    )
+    config = replace(config, model=replace(config.model, dropout=0.0))
+    model = Detector(config.model).double()
+    load_state(model, published_to_ours(case.published_state_dict(), config.model))
+    model.train()
+    output = model(case.images())
+    # No random draw in these cases: any priority serves.
+    losses = Criterion(config.assignment, config.loss)(output, case.targets())
+    losses.total.backward()
+    gradients = {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    return Step(config, model, output, losses, gradients)
+
+
+def _assert_close(found: Tensor, expected: Tensor, what: str) -> None:
+    torch.testing.assert_close(
+        found,
+        expected,
+        rtol=RELATIVE,
+        atol=RELATIVE * expected.abs().max().item(),
+        msg=lambda text: f"{what}: {text}",
+    )
+
+
+@MODELS
+def test_outputs(case: GoldenCase, step: Step) -> None:
+    branches = [("", step.output.one_to_one)]
+    if step.output.one_to_many is not None:
+        branches.append(("o2m.", step.output.one_to_many))
+    assert ("o2m.pred_logits" in case.arrays) == (len(branches) == 2)
+    for prefix, predictions in branches:
+        layers = len(predictions.logits)
+        for layer in range(layers):
+            name = prefix if layer == layers - 1 else f"{prefix}aux{layer}."
+            for field in Predictions._fields:
+                found = getattr(predictions, field)[layer]
+                _assert_close(found, case.tensor(f"{name}pred_{field}"), f"{name}{field}")
+    assert ("enc.pred_logits" in case.arrays) == (step.output.encoder is not None)
+    if step.output.encoder is not None:
+        logits, boxes = step.output.encoder
+        _assert_close(logits[0], case.tensor("enc.pred_logits"), "encoder logits")
+        _assert_close(boxes[0], case.tensor("enc.pred_boxes"), "encoder boxes")
+        _assert_close(step.output.anchors.double(), case.tensor("enc.anchors"), "anchors")
+
+
+@MODELS
+def test_evaluation_mode(case: GoldenCase, step: Step) -> None:
+    step.model.eval()
+    with torch.no_grad():
+        output = step.model(case.images())
+    step.model.train()
+    assert output.one_to_many is None
+    assert output.encoder is None
+    _assert_close(output.one_to_one.logits[-1], case.tensor("pred_logits"), "logits")
+    _assert_close(output.one_to_one.boxes[-1], case.tensor("pred_boxes"), "boxes")
+
+    detections = postprocess(
+        output.one_to_one,
+        torch.tensor(case.info["sizes"]),
+        max_detections=step.config.eval.max_detections,
+        nms_iou_threshold=step.config.eval.nms_iou_threshold,
+    )
+    for image in range(len(case.info["sizes"])):
+        kept = len(case.arrays[f"post{image}.scores"])
+        assert not detections.scores[image, kept:].any()
+        for field in ("scores", "boxes"):
+            found = getattr(detections, field)[image, :kept]
+            _assert_close(found, case.tensor(f"post{image}.{field}"), field)
+        found = detections.labels[image, :kept]
+        assert torch.equal(found, case.tensor(f"post{image}.labels"))
+
+
+@MODELS
+def test_losses(case: GoldenCase, step: Step) -> None:
+    found = by_published_name(step.losses)
+    expected = {
+        name: value
+        for name, value in case.info["losses"].items()
+        if not name.startswith(("class_error", "cardinality_error"))
+    }
+    assert found == pytest.approx(expected, rel=RELATIVE)
+    assert step.losses.total.item() == pytest.approx(case.info["total"], rel=RELATIVE)
+
+
+@MODELS
+def test_gradient_norms(case: GoldenCase, step: Step) -> None:
+    found = {published_name(name): grad.norm().item() for name, grad in step.gradients.items()}
+    expected = {name: norm for name, norm in case.info["grad_norms"].items() if norm is not None}
+    scale = max(expected.values())
+    assert found == pytest.approx(expected, rel=RELATIVE, abs=1e-9 * scale)
+
+
+@MODELS
+def test_clipped_step(case: GoldenCase, step: Step) -> None:
+    if "update_norms" not in case.info:
+        pytest.skip("the case records no optimizer step")
+    before = {name: value.detach().clone() for name, value in step.model.named_parameters()}
+    gradients = {name: gradient.clone() for name, gradient in step.gradients.items()}
+    norm = torch.nn.utils.clip_grad_norm_(
+        step.model.parameters(), step.config.optimizer.clip_grad_norm
+    )
+    build_optimizer(step.model, step.config.optimizer).step()
+    assert norm.item() == pytest.approx(case.info["clip_total_norm"], rel=RELATIVE)
+
+    found = {
+        published_name(name): (value.detach() - before[name]).norm().item()
+        for name, value in step.model.named_parameters()
+        if value.requires_grad
+    }
+    with torch.no_grad():  # Leave the step as it was for the other tests.
+        for name, value in step.model.named_parameters():
+            value.copy_(before[name])
+            if name in gradients:
+                value.grad.copy_(gradients[name])
+    expected = {name: norm for name, norm in case.info["update_norms"].items() if norm is not None}
+    assert found == pytest.approx(expected, rel=RELATIVE)

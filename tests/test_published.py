@@ -1,0 +1,337 @@
+"""The published command lines become the configurations that they mean."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from msdetr.config import AssignmentConfig, RunConfig
+from msdetr.presets import PRESETS
+from msdetr.published import (
+    IGNORED_FLAGS,
+    PUBLISHED_FLAGS,
+    Implementation,
+    config_from_published_args,
+    infer_implementation,
+)
+
+PROJECT = Path(__file__).resolve().parents[1]
+IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
+MODEL_FLAGS = (
+    "with_box_refine",
+    "two_stage",
+    "mixed_selection",
+    "look_forward_twice",
+    "use_ms_detr",
+    "use_aux_ffn",
+    "dilation",
+)
+
+
+def golden_models() -> dict[str, dict]:
+    """The JSON of every golden model case there is, by name."""
+    folders = (PROJECT / "tests/golden", PROJECT.parent / "shared/golden")
+    contents = {
+        path.stem: json.loads(path.read_text()) for d in folders for path in d.glob("*.json")
+    }
+    return {name: content for name, content in contents.items() if "implementation" in content}
+
+
+GOLDEN_MODELS = golden_models()
+
+MS_DETR_SCRIPT = (
+    "--output_dir exps/ms_detr_300 --with_box_refine --two_stage --dim_feedforward 2048 "
+    "--epochs 12 --lr_drop 11 --coco_path=../data/coco2017 --num_queries 300 --use_ms_detr "
+    "--use_aux_ffn --cls_loss_coef 1 --o2m_cls_loss_coef 2 --enc_cls_loss_coef 2 "
+    "--enc_bbox_loss_coef 5 --enc_giou_loss_coef 2"
+)
+PLUS = " --dropout 0.0 --mixed_selection --look_forward_twice"
+
+# Preset -> whose command line, and the flags of the published training script.
+RECIPES: dict[str, tuple[Implementation, str]] = {
+    "ms-detr-r50-300": ("ms-detr", MS_DETR_SCRIPT),
+    "ms-detr-pp-r50-300": ("ms-detr", MS_DETR_SCRIPT + PLUS),
+    "ms-detr-pp-r50-900": (
+        "ms-detr",
+        MS_DETR_SCRIPT + PLUS + " --num_queries 900 --topk_eval 300",
+    ),
+    "ms-detr-a-r50-300": (
+        "ms-detr-impl-a",
+        "--with_box_refine --two_stage --dim_feedforward 2048 --epochs 12 --lr_drop 11 "
+        "--num_queries 300 --use_ms_detr --cls_loss_coef 1 --o2m_cls_loss_coef 2",
+    ),
+    "deformable-detr-r50": ("deformable-detr", ""),
+    "deformable-detr-r50-refine": ("deformable-detr", "--with_box_refine"),
+    "deformable-detr-r50-two-stage": ("deformable-detr", "--with_box_refine --two_stage"),
+}
+
+
+@pytest.mark.parametrize("preset", RECIPES)
+def test_published_script_is_our_preset(preset):
+    implementation, script = RECIPES[preset]
+    config = config_from_published_args(script.split(), implementation=implementation)
+    expected = PRESETS[preset].config
+    assert config.assignment == expected.assignment
+    assert config.loss == expected.loss
+    assert config.optimizer == expected.optimizer
+    assert config.train == expected.train
+    assert config.eval == expected.eval
+    assert config.seed == expected.seed
+    # A preset reads the number of classes from the data, the published code fixes COCO's.
+    assert config.model == replace(expected.model, num_classes=91)
+
+
+@pytest.mark.parametrize("name", GOLDEN_MODELS)
+def test_golden_case_builds_its_configuration(name):
+    case = GOLDEN_MODELS[name]
+    config = config_from_published_args(
+        case["flags"], implementation=case["implementation"], overrides=case["overrides"]
+    )
+    weights = case["weights"]
+    loss = config.loss
+    assert (loss.class_weight, loss.bbox_weight, loss.giou_weight) == (
+        weights["loss_ce"],
+        weights["loss_bbox"],
+        weights["loss_giou"],
+    )
+    assert (config.model.one_to_many != "none") == ("loss_ce_o2m" in weights)
+    assert config.model.two_stage == ("loss_ce_enc" in weights)
+    if config.model.two_stage:
+        assert loss.encoder_class_weight == weights["loss_ce_enc"]
+        assert loss.encoder_bbox_weight == weights["loss_bbox_enc"]
+        assert loss.encoder_giou_weight == weights["loss_giou_enc"]
+    if config.model.one_to_many != "none":
+        assert loss.one_to_many_class_weight == weights["loss_ce_o2m"]
+        assert loss.one_to_many_bbox_weight == weights["loss_bbox_o2m"]
+        assert loss.one_to_many_giou_weight == weights["loss_giou_o2m"]
+    for override, field in (
+        ("topk_eval", config.eval.max_detections),
+        ("nms_iou_threshold", config.eval.nms_iou_threshold),
+    ):
+        if override in case["overrides"]:
+            assert field == case["overrides"][override]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_every_combination_of_model_flags_builds(implementation):
+    names = [name for name in MODEL_FLAGS if name in PUBLISHED_FLAGS[implementation]]
+    for chosen in itertools.product((False, True), repeat=len(names)):
+        given = dict(zip(names, chosen, strict=True))
+        flags = [f"--{name}" for name, value in given.items() if value]
+        model = config_from_published_args(flags, implementation=implementation).model
+        one_to_many = given.get("use_ms_detr", False)
+        internal = one_to_many and implementation == "ms-detr"
+        assert model.box_refine == given["with_box_refine"]
+        assert model.two_stage == given["two_stage"]
+        assert model.dilation == given["dilation"]
+        assert model.decoder_order == ("cross_self" if internal else "self_cross")
+        assert (model.one_to_many == "internal") == internal
+        assert (model.one_to_many == "output") == (one_to_many and not internal)
+        assert model.one_to_many_ffn == (internal and given["use_aux_ffn"])
+        mixed = given.get("mixed_selection", False) and given["two_stage"]
+        twice = given.get("look_forward_twice", False) and given["with_box_refine"]
+        assert (model.mixed_selection, model.look_forward_twice) == (mixed, twice)
+
+
+# A value other than the default that is accepted, where it cannot be made up from the type.
+OTHER_VALUES = {
+    "position_embedding": "learned",
+    "backbone": "resnet101",
+    "dataset_file": "voc",
+    "num_feature_levels": 3,
+    "hidden_dim": 128,
+    "nheads": 4,
+    "device": "cpu",
+    "lr_backbone": 0.0,
+    "nms_iou_threshold": 0.7,
+    "lr_drop_epochs": [3],
+}
+REFUSED = {"masks", "frozen_weights", "lr_backbone_names", "lr_linear_proj_names"}
+NEEDS = {
+    "use_aux_ffn": "use_ms_detr",
+    "mixed_selection": "two_stage",
+    "look_forward_twice": "with_box_refine",
+}
+
+
+def other_value(name, flag):
+    if name in OTHER_VALUES:
+        return OTHER_VALUES[name]
+    if flag.type is bool:
+        return not flag.default
+    if flag.type is str:
+        return ["elsewhere"] if flag.many else "elsewhere"
+    return flag.default + 1 if flag.type is int else flag.default / 2
+
+
+@pytest.mark.parametrize(
+    ("implementation", "name"),
+    [(owner, name) for owner, flags in PUBLISHED_FLAGS.items() for name in flags],
+)
+def test_every_flag_is_mapped_refused_or_ignored_for_a_reason(implementation, name):
+    flag = PUBLISHED_FLAGS[implementation][name]
+    base = {NEEDS[name]: True} if name in NEEDS else {}
+
+    def build(overrides):
+        return config_from_published_args(
+            [], implementation=implementation, overrides=base | overrides
+        )
+
+    changed = {name: other_value(name, flag)}
+    if name in REFUSED:
+        with pytest.raises(ValueError, match=name):
+            build(changed)
+    elif name in IGNORED_FLAGS:
+        assert build(changed) == build({})
+    else:
+        assert build(changed) != build({})
+
+
+def test_flag_list_and_namespace_agree():
+    flags = ["--two_stage", "--lr", "1e-4", "--no_aux_loss", "--lr_drop_epochs", "3", "5"]
+    namespace = Namespace(two_stage=True, lr=1e-4, aux_loss=False, use_aux_ffn=False)
+    assert config_from_published_args(flags) == config_from_published_args(namespace)
+
+
+def test_values_reach_their_fields():
+    flags = (
+        "--num_queries 7 --enc_layers 2 --dec_layers 3 --enc_n_points 5 --dec_n_points 1 "
+        "--nheads 4 --hidden_dim 64 --dim_feedforward 96 --num_feature_levels 5 --seed 3 "
+        "--set_cost_class 1 --set_cost_bbox 3 --set_cost_giou 4 --lr_linear_proj_mult 0.5 "
+        "--clip_max_norm -1 --sgd --coco_path /data --resume old.pth --backbone resnet101"
+    )
+    config = config_from_published_args(flags.split())
+    model = config.model
+    assert (model.num_queries, model.num_encoder_layers, model.num_decoder_layers) == (7, 2, 3)
+    assert (model.num_encoder_points, model.num_decoder_points) == (5, 1)
+    assert (model.num_heads, model.hidden_dim, model.feedforward_dim) == (4, 64, 96)
+    assert (model.num_levels, model.backbone) == (5, "resnet101")
+    assert config.assignment == AssignmentConfig(cost_class=1.0, cost_bbox=3.0, cost_giou=4.0)
+    assert config.optimizer.reference_lr_factor == 0.5
+    assert config.optimizer.clip_grad_norm == 0.0
+    assert config.optimizer.name == "sgd"
+    assert (config.data.root, config.weights) == (Path("/data"), Path("old.pth"))
+    assert (config.seed, config.output) == (3, RunConfig().output)
+
+
+def test_frozen_backbone():
+    config = config_from_published_args(["--lr_backbone", "-1"])
+    assert not config.model.train_backbone
+    assert config.optimizer.backbone_lr == 0.0
+
+
+def test_deformable_detr_encoder_follows_the_main_weights():
+    flags = ["--two_stage", "--with_box_refine", "--cls_loss_coef", "3", "--set_cost_class", "4"]
+    config = config_from_published_args(flags, implementation="deformable-detr")
+    assert config.loss.encoder_class_weight == 3.0
+    assert config.assignment.encoder_match == "predictions"
+    assert config.assignment.encoder_cost_class == 4.0
+    silent = config_from_published_args(
+        [*flags, "--no_aux_loss"], implementation="deformable-detr"
+    ).loss
+    assert not silent.auxiliary
+    assert silent.encoder_class_weight == silent.encoder_bbox_weight == 0.0
+    assert silent.encoder_giou_weight == 0.0
+
+
+@pytest.mark.parametrize(
+    ("attribute", "expected"),
+    [
+        ("mixed_selection", "ms-detr"),
+        ("use_aux_ffn", "ms-detr"),
+        ("use_ms_detr", "ms-detr-impl-a"),
+        ("two_stage", "deformable-detr"),
+    ],
+)
+def test_implementation_is_told_by_its_own_flags(attribute, expected):
+    assert infer_implementation(Namespace(lr=1e-4, **{attribute: False})) == expected
+
+
+@pytest.mark.parametrize(
+    ("attributes", "expected"),
+    [
+        ({"world_size": 4, "distributed": True}, 12),
+        ({"distributed": False}, 3),
+        ({}, 48),
+    ],
+)
+def test_batch_size_counts_all_processes(attributes, expected):
+    namespace = Namespace(batch_size=3, **attributes)
+    assert config_from_published_args(namespace).train.batch_size == expected
+
+
+def test_runtime_attributes_of_a_namespace_are_accepted():
+    namespace = Namespace(
+        rank=0, gpu=0, dist_url="env://", dist_backend="nccl", override_resumed_lr_drop=True
+    )
+    assert config_from_published_args(namespace).model.num_classes == 91
+
+
+@pytest.mark.parametrize("value", ["v3", "learned"])
+def test_learned_position_embedding(value):
+    namespace = Namespace(position_embedding=value)
+    assert config_from_published_args(namespace).model.position_embedding == "learned"
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--masks"], "masks: segmentation"),
+        (["--frozen_weights", "x.pth"], "frozen_weights"),
+        (["--dataset_file", "coco_panoptic"], "panoptic"),
+        (["--backbone", "resnet152"], "backbone resnet152"),
+        (["--position_embedding", "v9"], "position_embedding v9"),
+        (["--lr_backbone_names", "backbone.0", "input_proj"], "lr_backbone_names"),
+        (["--resume", "https://example.org/x.pth"], "download"),
+        (["--nonsense", "3"], "ms-detr: nonsense$"),
+        (["--num_queries", "many"], "num_queries"),
+        (["--num_queries"], "num_queries"),
+        (["--num_q", "3"], "num_q"),
+        (["--hidden_dim", "30"], "hidden_dim"),
+        (["--num_feature_levels", "6"], "num_levels"),
+    ],
+)
+def test_unknown_and_unsupported_flags_are_refused(flags, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        config_from_published_args(flags)
+
+
+def test_a_flag_of_another_command_line_is_named_as_such():
+    with pytest.raises(ValueError, match=r"use_aux_ffn \(a flag of ms-detr\)"):
+        config_from_published_args(["--use_aux_ffn"], implementation="ms-detr-impl-a")
+    with pytest.raises(ValueError, match="num_queries_one2many"):
+        config_from_published_args(Namespace(num_queries_one2many=1500))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{"two_stage": 1}, {"num_queries": 3.5}, {"lr": "1e-4"}, {"epochs": True}, {"seed": None}],
+)
+def test_values_of_the_wrong_type_are_refused(overrides):
+    (name,) = overrides
+    with pytest.raises(ValueError, match=name):
+        config_from_published_args([], overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--mixed_selection", "dropped"),
+        ("--look_forward_twice", "dropped"),
+        ("--use_aux_ffn", "dropped"),
+        ("--use_indices_merge", "ignores"),
+    ],
+)
+def test_flags_that_do_something_else_there_are_reported(flag, words, caplog):
+    with caplog.at_level(logging.WARNING, logger="msdetr.published"):
+        config_from_published_args([flag])
+    assert len(caplog.records) == 1
+    assert flag.removeprefix("--") in caplog.text
+    assert words in caplog.text
