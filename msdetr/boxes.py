@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SMALLEST_AREA = 1e-30
+"""Smaller areas, in units of the image's, count as none."""
+
 
 def at_least_float32(x: Tensor) -> Tensor:
     """`x` in float32, or as it is where it is float32 or float64: geometry and losses never run in
@@ -70,6 +73,6 @@ def _intersection_union(boxes_a: Tensor, boxes_b: Tensor) -> tuple[Tensor, Tenso
 
 
 def _nonzero(area: Tensor) -> Tensor:
-    # Only an exact zero (or a negative area of an inverted box) is replaced, so that proper boxes
-    # keep their exact quotient.
-    return torch.where(area > 0, area, torch.ones_like(area))
+    # Proper boxes keep their exact quotient. Below, and for inverted boxes, the gradient of the
+    # quotient would overflow.
+    return torch.where(area > SMALLEST_AREA, area, torch.ones_like(area))

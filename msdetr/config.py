@@ -69,6 +69,7 @@ class ModelConfig:
     """Let a layer's box loss also train the refinement of the layer before."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require_positive(
             self,
             "hidden_dim",
@@ -139,6 +140,7 @@ class AssignmentConfig:
     """Add the one-to-one pairs to the one-to-many branch and give each query one target."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if self.one_to_many_k < 1:
             raise ValueError(f"one_to_many_k must be at least 1, got {self.one_to_many_k}")
         if not 0.0 <= self.positive_fraction <= 1.0:
@@ -180,6 +182,7 @@ class LossConfig:
     """Supervise every decoder layer; False supervises the last one only."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if not 0.0 <= self.focal_alpha <= 1.0:
             raise ValueError(f"focal_alpha must be in [0, 1], got {self.focal_alpha}")
 
@@ -228,6 +231,7 @@ class DataConfig:
     """Loader processes per rank; 0 loads in the training process."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require_positive(
             self, "crop_min_size", "crop_max_size", "test_size", "max_size", "pad_multiple"
         )
@@ -270,6 +274,7 @@ class OptimizerConfig:
     """Steps of linear warm-up."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for name in ("lr", "backbone_lr", "weight_decay", "clip_grad_norm", "reference_lr_factor"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -301,6 +306,7 @@ class TrainConfig:
     """Epochs between evaluations; the last epoch is always evaluated. 0 never evaluates."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require_positive(self, "epochs", "batch_size", "log_every", "keep_checkpoints")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
@@ -322,6 +328,7 @@ class EvalConfig:
     """Suppress a detection that overlaps a better one of its class by more than this IoU."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require_positive(self, "batch_size", "max_detections")
         if self.nms_iou_threshold is not None and not 0.0 <= self.nms_iou_threshold <= 1.0:
             raise ValueError(f"nms_iou_threshold must be in [0, 1], got {self.nms_iou_threshold}")
@@ -357,8 +364,31 @@ class RunConfig:
     """Seed of initialisation, data order, augmentation, dropout and random assignment."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if self.resume is not None and self.weights is not None:
             raise ValueError("resume continues a run, weights starts a new one: give one of them")
+
+
+def _check_types(config: Any) -> None:
+    """Refuse values that are not what the field's annotation says."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if not _fits(value, hint):
+            expected = str(hint).replace("typing.", "") if typing.get_args(hint) else hint.__name__
+            raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    arguments = typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, option) for option in arguments)
+    if typing.get_origin(hint) is Literal:
+        return isinstance(value, str) and value in arguments
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
 
 
 def _require_positive(config: Any, *names: str) -> None:
@@ -402,8 +432,8 @@ def _parse_value(hint: Any, value: Any) -> Any:
             return config_from_dict(typing.cast(type[Any], option), value)
         if option is Path:
             return Path(value)
-        if typing.get_origin(option) is tuple:
+        if typing.get_origin(option) is tuple and isinstance(value, list):
             return tuple(value)
-        if option is float and isinstance(value, int):
+        if option is float and type(value) is int:
             return float(value)
     return value

@@ -9,8 +9,8 @@ and `deformable-detr` (the original). Flags that all of them share have the same
 Where the published code and its flags disagree, this is what is done here:
 
 - `--o2m_matcher_threshold`, `--o2m_matcher_k` and `--use_indices_merge` never reach the published
-  criterion. They are applied here, with a warning, because that is what they ask for; the
-  defaults are what the published criterion uses.
+  criterion, which always uses 0.4, 6 and no merging. So does the configuration, with a warning:
+  it says what the published run did. `AssignmentConfig` has working fields for all three.
 - `--mixed_selection` without `--two_stage`, and `--use_aux_ffn` without `--use_ms_detr`, change
   nothing there; `--look_forward_twice` without `--with_box_refine` crashes there. They are dropped
   with a warning.
@@ -158,6 +158,13 @@ PUBLISHED_NUM_PROCESSES: dict[Implementation, int] = {
     "deformable-detr": 16,
 }
 """Processes of the published recipes: batch 16 for MS-DETR, 32 for Deformable-DETR."""
+
+DEAD_FLAGS = {
+    "o2m_matcher_threshold": "one_to_many_threshold",
+    "o2m_matcher_k": "one_to_many_k",
+    "use_indices_merge": "indices_merge",
+}
+"""Options that the published code never passes on, and the `AssignmentConfig` fields that work."""
 
 IGNORED_FLAGS = {
     "lr_drop_epochs": "the published code never reads it",
@@ -333,9 +340,13 @@ def _refuse_unsupported(values: argparse.Namespace) -> None:
 
 
 def _warn_dead_flags(values: argparse.Namespace) -> None:
-    for name in ("o2m_matcher_threshold", "o2m_matcher_k", "use_indices_merge"):
+    for name, field in DEAD_FLAGS.items():
         if getattr(values, name) != _ONE_TO_MANY_FLAGS[name].default:
-            logger.warning("%s: applied here; the published code parses and ignores it", name)
+            logger.warning(
+                "%s: dropped, as the published code ignores it; set assignment.%s to use it",
+                name,
+                field,
+            )
 
 
 def _num_processes(given: Mapping[str, Any], implementation: Implementation) -> int:
@@ -402,9 +413,6 @@ def _assignment_config(
         cost_giou=values.set_cost_giou,
         encoder_match="predictions" if by_predictions else "anchors",
         encoder_cost_class=values.set_cost_class if by_predictions else 0.0,
-        one_to_many_k=values.o2m_matcher_k,
-        one_to_many_threshold=values.o2m_matcher_threshold,
-        indices_merge=values.use_indices_merge,
     )
 
 

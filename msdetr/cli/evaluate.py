@@ -65,27 +65,19 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "msdetr evaluate
 
 def run(options: EvaluateOptions, detector: LoadedDetector, worker: Worker) -> CocoResult | None:
     """Evaluate and write the results; the scores on rank 0, None elsewhere."""
-    from msdetr.data.coco import load_coco
-    from msdetr.data.dataset import eval_dataset
+    from msdetr.data.dataset import build_dataset
     from msdetr.data.loader import build_eval_loader
-    from msdetr.data.paths import resolve_split
     from msdetr.engine.evaluate import evaluate_detector
     from msdetr.evaluation.coco_eval import CocoEvaluator
 
     with user_errors():
-        images, annotations = resolve_split(options.data, "val")
-        dataset = load_coco(
-            annotations, images, options.data.label_layout, label_map=detector.label_map
-        )
-        _check_labels(dataset.label_map, detector, annotations)
-        evaluator = CocoEvaluator(annotations, dataset.label_map)
+        dataset = build_dataset(options.data, "val", label_map=detector.label_map)
+        label_map = dataset.annotations.label_map
+        annotation_file = dataset.annotations.annotation_file
+        _check_labels(label_map, detector, annotation_file)
+        evaluator = CocoEvaluator(annotation_file, label_map)
     config = dataclasses.replace(detector.config, data=options.data, eval=options.eval)
-    loader = build_eval_loader(
-        config,
-        eval_dataset(dataset, options.data),
-        rank=worker.rank,
-        world_size=worker.world_size,
-    )
+    loader = build_eval_loader(config, dataset, rank=worker.rank, world_size=worker.world_size)
     model = detector.model.to(worker.device)
     result = evaluate_detector(
         model, loader, evaluator, options.eval, worker, precision=options.precision
@@ -94,7 +86,7 @@ def run(options: EvaluateOptions, detector: LoadedDetector, worker: Worker) -> C
         output = options.output or options.checkpoint.parent / "evaluation"
         output.mkdir(parents=True, exist_ok=True)
         evaluator.write_results(output / RESULTS_FILE)
-        row = {"checkpoint": str(options.checkpoint), "annotations": str(annotations)}
+        row = {"checkpoint": str(options.checkpoint), "annotations": str(annotation_file)}
         text = json.dumps(row | result.to_dict(), indent=2)
         (output / METRICS_FILE).write_text(text + "\n")
         logger.info("wrote %s and %s", output / RESULTS_FILE, output / METRICS_FILE)
@@ -118,12 +110,12 @@ def _parse(arguments: list[str], prog: str) -> tuple[EvaluateOptions, LoadedDete
     return parse_options(EvaluateOptions, arguments, prog=prog, default=default), detector
 
 
-def _check_labels(label_map: LabelMap, detector: LoadedDetector, annotations: Path) -> None:
+def _check_labels(label_map: LabelMap, detector: LoadedDetector, annotation_file: Path) -> None:
     num_classes = detector.config.model.num_classes
     assert num_classes is not None
     if max(label_map.labels) >= num_classes:
         raise ValueError(
-            f"{annotations}: its labels go up to {max(label_map.labels)}, but the detector has "
+            f"{annotation_file}: its labels go up to {max(label_map.labels)}, but the detector has "
             f"{num_classes} classes; see --data.label-layout"
         )
 

@@ -25,20 +25,25 @@ USAGE_ERROR = 2
 
 
 def parse_options(
-    options: type[T], arguments: Sequence[str], *, prog: str, default: T | None = None
+    options: type[T],
+    arguments: Sequence[str],
+    *,
+    prog: str,
+    default: T | None = None,
+    description: str | None = None,
 ) -> T:
     """Fill a dataclass from command-line arguments.
 
     Wrong options and contradictory values end the process with the reason and status 2, `--help`
     with status 0. Of several processes only the first prints.
     """
-    extra = {} if default is None else {"default": default}
     return tyro.cli(
         options,
         prog=prog,
+        description=description,
         args=list(arguments),
+        default=tyro.MISSING_NONPROP if default is None else default,
         console_outputs=_is_main_process(),
-        **extra,
     )
 
 
@@ -47,13 +52,12 @@ def parse_preset(arguments: Sequence[str], *, prog: str) -> RunConfig:
     name = arguments[0] if arguments else ""
     if name in PRESETS:
         preset = PRESETS[name]
-        return tyro.cli(
+        return parse_options(
             RunConfig,
+            arguments[1:],
             prog=f"{prog} {name}",
-            description=f"Train {preset.description}.",
-            args=list(arguments[1:]),
             default=preset.config,
-            console_outputs=_is_main_process(),
+            description=f"Train {preset.description}.",
         )
     usage = f"usage: {prog} PRESET [--option value ...]\n       {prog} PRESET --help\n\n"
     if name in ("-h", "--help"):
@@ -97,7 +101,7 @@ def user_errors() -> Iterator[None]:
 
 def configure_logging(*, is_main: bool = True) -> None:
     """Log plain lines to stdout, from INFO on; from ranks other than 0 only warnings, to stderr."""
-    handler = _ProgressSafeHandler(sys.stdout if is_main else sys.stderr)
+    handler = _ConsoleHandler(to_stdout=is_main)
     rank = "" if is_main else f"rank {os.environ.get('RANK', '?')}: "
     handler.setFormatter(logging.Formatter(f"{rank}%(message)s"))
     package = logging.getLogger("msdetr")
@@ -105,12 +109,17 @@ def configure_logging(*, is_main: bool = True) -> None:
     package.setLevel(logging.INFO if is_main else logging.WARNING)
 
 
-class _ProgressSafeHandler(logging.StreamHandler):  # type: ignore[type-arg]
+class _ConsoleHandler(logging.Handler):
     """Writes around progress bars instead of through them."""
 
+    def __init__(self, *, to_stdout: bool) -> None:
+        super().__init__()
+        self.to_stdout = to_stdout
+
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=self.stream)
-        self.flush()
+        stream = sys.stdout if self.to_stdout else sys.stderr
+        tqdm.write(self.format(record), file=stream)
+        stream.flush()
 
 
 def _preset_list() -> str:

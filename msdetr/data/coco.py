@@ -119,7 +119,7 @@ def load_coco(
     try:
         content = read_instances_json(annotation_file)
         images, annotations, categories = (
-            _list_of(content, key) for key in ("images", "annotations", "categories")
+            records_of(content, key) for key in ("images", "annotations", "categories")
         )
         names = LabelMap.from_categories(categories, "contiguous")
         if label_map is None:
@@ -167,10 +167,16 @@ def _paused_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _list_of(content: Any, key: str) -> list[Any]:
-    if not isinstance(content, dict) or not isinstance(content.get(key), list):
+def records_of(content: Any, key: str) -> list[Any]:
+    """The list `key` of an annotation file's content.
+
+    Raises:
+        ValueError: there is no such list.
+    """
+    records = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(records, list):
         raise ValueError(f"there is no list {key!r} at the top: not an instances file of COCO")
-    return content[key]
+    return records
 
 
 def _check_categories(file: LabelMap, label_map: LabelMap) -> None:
@@ -264,8 +270,8 @@ def is_box(value: Any) -> bool:
     """Whether `value` is a list of four finite numbers that float32 holds."""
     if not isinstance(value, list) or len(value) != 4:
         return False
-    # A sum with NaN is NaN, and its comparison false.
-    return set(map(type, value)) <= {int, float} and sum(map(abs, value)) <= _LARGEST
+    # Comparisons with NaN are false.
+    return all(type(x) in (int, float) and -_LARGEST <= x <= _LARGEST for x in value)
 
 
 def _check_unique(ids: NDArray[np.int64], kind: str) -> None:

@@ -16,7 +16,8 @@ ExifPolicy = Literal["ignore", "apply"]
 
 _TRANSPOSING_ORIENTATIONS = (5, 6, 7, 8)
 _DRAFT_SCALES = (1, 2, 4, 8)
-_WITHOUT_8_BIT_RANGE = ("I", "F")
+MODES_WITHOUT_RANGE = ("I", "F")
+"""Pillow's modes whose values have no 8- or 16-bit range: what is white is not known."""
 
 
 class DecodedImage(NamedTuple):
@@ -47,10 +48,14 @@ def resolve_image_path(folder: Path, file_name: str) -> Path:
     """The file `file_name` in `folder`, symbolic links followed.
 
     Raises:
-        ValueError: the name leaves the folder, by its text or through a symbolic link.
+        ValueError: the name leaves the folder, by its text or through a symbolic link, or links
+            go in a circle.
     """
     check_file_name(file_name)
-    path = (folder / file_name).resolve()
+    try:
+        path = (folder / file_name).resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise ValueError(f"{folder / file_name}: {error}") from error
     if not path.is_relative_to(folder.resolve()):
         raise ValueError(
             f"{folder / file_name}: a symbolic link leads out of the image folder, to {path}; "
@@ -115,7 +120,7 @@ def _decode(image: Image.Image, exif: ExifPolicy, max_scale: int) -> DecodedImag
     scale = 1 if turned else _draft(image, max_scale)
     if turned:
         image = ImageOps.exif_transpose(image)
-    if image.mode in _WITHOUT_8_BIT_RANGE:
+    if image.mode in MODES_WITHOUT_RANGE:
         raise ValueError(f"mode {image.mode!r} has no 8- or 16-bit range; convert it to 8 bits")
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

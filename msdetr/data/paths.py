@@ -35,12 +35,12 @@ def resolve_split(config: DataConfig, split: Split) -> tuple[Path, Path]:
     assert annotations is not None
     if not images.is_dir():
         raise ValueError(
-            f"{images}: the folder of the {split} images does not exist; "
-            f"check --data.root or give --data.{split}-images"
+            f"{images}: the folder of the {split} images does not exist; check --data.root (a "
+            f"folder in COCO layout) or give --data.{split}-images"
         )
     if not annotations.is_file():
         raise ValueError(
-            f"{annotations}: the {split} annotations do not exist; "
-            f"check --data.root or give --data.{split}-annotations"
+            f"{annotations}: the file of the {split} annotations does not exist; check --data.root "
+            f"(a folder in COCO layout) or give --data.{split}-annotations"
         )
     return images, annotations

@@ -112,8 +112,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its unpickler stumbles over
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
+        # Its message is not passed on: it recommends to read the file unsafely.
+        raise ValueError(
+            f"{path} is not a readable checkpoint: it is damaged, or holds more than tensors and "
+            "plain values"
+        ) from error
     names = {f.name for f in dataclasses.fields(Checkpoint)}
     if not isinstance(content, dict) or set(content) != names:
         raise ValueError(f"{path} is not a training checkpoint of msdetr: its keys differ")
@@ -158,7 +161,9 @@ def check_resumable(
     if changed:
         raise ValueError(f"cannot resume with another model: {'; '.join(changed)}")
     if checkpoint.label_map != label_map:
-        raise ValueError("cannot resume with other classes: the annotation file's categories differ")
+        raise ValueError(
+            "cannot resume with other classes: the annotation file's categories differ"
+        )
     if checkpoint.steps_per_epoch != steps_per_epoch:
         raise ValueError(
             f"cannot resume: an epoch was {checkpoint.steps_per_epoch} steps and is now "

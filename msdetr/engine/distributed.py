@@ -104,9 +104,7 @@ class MeanOverRanks:
     def __init__(self, value: Tensor, worker: Worker) -> None:
         self._sum = value.clone()
         self._world_size = worker.world_size
-        self._pending = (
-            dist.all_reduce(self._sum, async_op=True) if worker.world_size > 1 else None
-        )
+        self._pending = dist.all_reduce(self._sum, async_op=True) if worker.world_size > 1 else None
 
     def wait(self) -> Tensor:
         """The mean. On CUDA the stream waits, not the host."""

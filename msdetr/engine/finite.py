@@ -34,7 +34,7 @@ class FiniteCheck:
 
     def record(self, step: int, loss: Tensor, grad_norm: Tensor, image_ids: Tensor) -> None:
         """Note step `step` (1 is the first): 0-dim `loss` and `grad_norm`, host `image_ids` [B]."""
-        bad = ~torch.isfinite(torch.stack((loss.detach().float(), grad_norm.float())))
+        bad = ~torch.stack((torch.isfinite(loss.detach()), torch.isfinite(grad_norm)))
         self._first_bad = torch.where(bad, self._first_bad.clamp(max=step), self._first_bad)
         self._image_ids[step] = image_ids
 
@@ -72,6 +72,6 @@ def _describe(step: int, ranks: list[tuple[bool, list[int]]]) -> str:
     images = "; ".join(f"rank {rank}: image ids {ranks[rank][1]}" for rank in involved)
     return (
         f"the {what} of step {step} is not finite ({images}). It did not reach the weights, and "
-        "the last checkpoint is untouched. A lower --optimizer.lr, a longer --optimizer.warmup-steps "
+        "the last checkpoint is untouched. A lower --optimizer.lr, more --optimizer.warmup-steps "
         "or --train.precision float32 may help; `msdetr doctor` checks the data"
     )

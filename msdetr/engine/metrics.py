@@ -86,23 +86,21 @@ class MetricsWriter:
     """
 
     def __init__(self, run_folder: Path, worker: Worker) -> None:
-        self._file: Path | None = None
+        self._folder = run_folder if worker.is_main else None
         self._tensorboard: Any = None
-        if worker.is_main:
-            run_folder.mkdir(parents=True, exist_ok=True)
-            self._file = run_folder / METRICS_FILE
-            self._tensorboard = _tensorboard_writer(run_folder / "tensorboard")
 
     def write(self, kind: str, row: dict[str, Any]) -> None:
         """Append `row`, which has a `step`, as one JSON object with its `kind` in front."""
-        if self._file is None:
+        if self._folder is None:
             return
-        with self._file.open("a") as file:
-            file.write(json.dumps({"kind": kind, **row}) + "\n")
-        if self._tensorboard is not None:
-            for name, value in row.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    self._tensorboard.add_scalar(f"{kind}/{name}", value, row["step"])
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (self._folder / METRICS_FILE).open("a") as file:
+            file.write(json.dumps({"kind": kind, **row}, allow_nan=False) + "\n")
+        if self._tensorboard is None:
+            self._tensorboard = _tensorboard_writer(self._folder / "tensorboard")
+        for name, value in row.items():
+            if name != "step" and isinstance(value, (int, float)):
+                self._tensorboard.add_scalar(f"{kind}/{name}", value, row["step"])
 
     def close(self) -> None:
         """Flush what is buffered."""
@@ -110,17 +108,25 @@ class MetricsWriter:
             self._tensorboard.close()
 
 
+class _NoTensorBoard:
+    """Stands in where TensorBoard is not installed."""
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def _tensorboard_writer(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except Exception:  # an optional extra: absent, or broken by what it imports in turn
-        return None
-    return SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        return _NoTensorBoard()
+    return SummaryWriter(str(folder))
 
 
-def progress(
-    iterable: Iterable[T], description: str, worker: Worker, **options: Any
-) -> "tqdm[T]":
+def progress(iterable: Iterable[T], description: str, worker: Worker, **options: Any) -> tqdm[T]:
     """`iterable` with a progress bar on rank 0's terminal, and without one elsewhere."""
     return tqdm(
         iterable,

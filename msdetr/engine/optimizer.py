@@ -125,7 +125,7 @@ def optimizer_state_by_name(optimizer: Optimizer, model: nn.Module) -> dict[str,
 
     Names outlive a change of the grouping, which follows the learning rates.
     """
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     return {names[parameter]: dict(state) for parameter, state in optimizer.state.items()}
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from msdetr.config import RunConfig
-from msdetr.data.labels import LabelMap
+from msdetr.data.labels import COCO_CATEGORIES, COCO_NUM_CLASSES, LabelMap
 from msdetr.engine.checkpoint import load_checkpoint
 from msdetr.model.checkpoint_adapter import load_published_checkpoint, load_state
 from msdetr.model.detector import Detector, build_detector
@@ -27,6 +27,19 @@ class LoadedDetector:
     label_map: LabelMap | None
     """Its classes; None for published checkpoints, which do not tell."""
 
+    @property
+    def known_label_map(self) -> LabelMap:
+        """Its classes; where they are not told, COCO's for 91 of them, numbers otherwise."""
+        if self.label_map is not None:
+            return self.label_map
+        num_classes = self.config.model.num_classes
+        assert num_classes is not None
+        if num_classes == COCO_NUM_CLASSES:
+            categories = [{"id": key, "name": name} for key, name in COCO_CATEGORIES.items()]
+            return LabelMap.from_categories(categories, "coco")
+        labels = tuple(range(num_classes))
+        return LabelMap(labels, labels, tuple(f"class {label}" for label in labels), num_classes)
+
 
 def read_weights(path: Path, config: RunConfig | None = None) -> Weights:
     """Read weights from `.safetensors`, a checkpoint of ours, or a published `.pth`.
@@ -44,14 +57,8 @@ def read_weights(path: Path, config: RunConfig | None = None) -> Weights:
         return load_weights(path)
     try:
         checkpoint = load_checkpoint(path)
-    except ValueError as not_ours:
-        try:
-            published = load_published_checkpoint(path, config=config)
-        except ValueError as not_published:
-            raise ValueError(
-                f"{path} is no checkpoint of msdetr ({not_ours}) "
-                f"and none of the published code ({not_published})"
-            ) from not_published
+    except ValueError:  # Not ours, then.
+        published = load_published_checkpoint(path, config=config)
         return Weights(published.state_dict, published.config, None)
     return Weights(checkpoint.model, checkpoint.run_config, checkpoint.label_map)
 

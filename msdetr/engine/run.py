@@ -8,10 +8,8 @@ import logging
 from pathlib import Path
 
 from msdetr.config import RunConfig, config_to_dict
-from msdetr.data.coco import load_coco
-from msdetr.data.dataset import eval_dataset, train_dataset
+from msdetr.data.dataset import build_dataset
 from msdetr.data.labels import LabelMap
-from msdetr.data.paths import resolve_split
 from msdetr.engine.checkpoint import (
     Checkpoint,
     check_resumable,
@@ -22,7 +20,7 @@ from msdetr.engine.checkpoint import (
 from msdetr.engine.distributed import Worker, broadcast_model, broadcast_object
 from msdetr.engine.pretrained import start_from_weights
 from msdetr.engine.seeding import seed_initialization
-from msdetr.engine.trainer import RunData, Trainer
+from msdetr.engine.trainer import Trainer
 from msdetr.model.detector import Detector, build_detector
 
 logger = logging.getLogger(__name__)
@@ -40,17 +38,21 @@ def build_trainer(config: RunConfig, worker: Worker) -> Trainer:
         ValueError, OSError: the data, the checkpoint or the weights are missing, damaged or do not
             fit the configuration; or a new run would mix with an earlier one in its folder.
     """
-    data = load_run_data(config)
-    config = resolve_num_classes(config, data.label_map)
+    train_data = build_dataset(config.data, "train")
+    label_map = train_data.annotations.label_map
+    val_data = None
+    if config.train.eval_every:
+        val_data = build_dataset(config.data, "val", label_map=label_map)
+    config = resolve_num_classes(config, label_map)
     source = find_resume_source(config, worker)
     model = build_model(config, worker, initialize=source is None)
-    trainer = Trainer(config, model, data, worker)
+    trainer = Trainer(config, model, train_data, val_data, worker)
     if source is not None:
         check_resumable(
             source[1],
             config,
             steps_per_epoch=trainer.steps_per_epoch,
-            label_map=data.label_map.to_dict(),
+            label_map=label_map.to_dict(),
         )
         trainer.load(source[1])
         logger.info("resuming after step %d from %s", trainer.step, source[0])
@@ -58,27 +60,6 @@ def build_trainer(config: RunConfig, worker: Worker) -> Trainer:
         _write_config(config)
     _log_start(trainer)
     return trainer
-
-
-def load_run_data(config: RunConfig) -> RunData:
-    """The training images and, unless the run never evaluates, the validation images.
-
-    Raises:
-        ValueError: files are missing or malformed, there are no training images, or the validation
-            annotations have categories that the training annotations lack.
-    """
-    images, annotations = resolve_split(config.data, "train")
-    train = load_coco(annotations, images, config.data.label_layout)
-    if not config.train.eval_every:
-        return RunData(train=train_dataset(train, config.data), label_map=train.label_map)
-    val_images, val_annotations = resolve_split(config.data, "val")
-    val = load_coco(val_annotations, val_images, label_map=train.label_map)
-    return RunData(
-        train=train_dataset(train, config.data),
-        label_map=train.label_map,
-        val=eval_dataset(val, config.data),
-        val_annotations=val_annotations,
-    )
 
 
 def resolve_num_classes(config: RunConfig, label_map: LabelMap) -> RunConfig:
@@ -159,8 +140,8 @@ def _log_start(trainer: Trainer) -> None:
     logger.info(
         "%d training images, %d classes, %.1f M trainable parameters, %s, %d process(es), "
         "%d steps per epoch, step %d of %d",
-        len(trainer.data.train),
-        trainer.data.label_map.num_classes,
+        len(trainer.train_data),
+        trainer.label_map.num_classes,
         num_parameters / 1e6,
         trainer.worker.device,
         trainer.worker.world_size,

@@ -6,8 +6,6 @@ import inspect
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from msdetr.config import RunConfig, config_to_dict
-from msdetr.data.labels import LabelMap
-from msdetr.data.loader import (
-    DetectionDataset,
-    build_eval_loader,
-    build_train_loader,
-    steps_per_epoch,
-)
+from msdetr.data.dataset import DetectionDataset
+from msdetr.data.loader import build_eval_loader, build_train_loader, steps_per_epoch
 from msdetr.engine.checkpoint import Checkpoint, save_checkpoint
 from msdetr.engine.device import autocast, to_device
 from msdetr.engine.distributed import MeanOverRanks, Worker
@@ -49,20 +42,6 @@ logger = logging.getLogger(__name__)
 WEIGHTS_FILE = "weights.safetensors"
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunData:
-    """What a run trains and is evaluated on."""
-
-    train: DetectionDataset
-    """Training images."""
-    label_map: LabelMap
-    """The classes, from the training annotations."""
-    val: DetectionDataset | None = None
-    """Validation images; None where the run does not evaluate."""
-    val_annotations: Path | None = None
-    """Annotation file of `val`."""
-
-
 class Trainer:
     """Trains a detector: steps, reports, checkpoints, evaluations.
 
@@ -70,13 +49,21 @@ class Trainer:
     images, augmentation, dropout and learning rate are functions of the step and the seed.
     """
 
-    def __init__(self, config: RunConfig, model: Detector, data: RunData, worker: Worker) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        model: Detector,
+        train_data: DetectionDataset,
+        val_data: DetectionDataset | None,
+        worker: Worker,
+    ) -> None:
         """Prepare step 0.
 
         Args:
             config: resolved: `model.num_classes` is set.
             model: on the worker's device, with the same weights on every rank.
-            data: what to train on.
+            train_data: what to train on; its label map names the classes.
+            val_data: what to evaluate on; None where the run does not evaluate.
             worker: this process.
 
         Raises:
@@ -89,11 +76,13 @@ class Trainer:
                 f"processes: it must be divisible by their number ({worker.world_size})"
             )
         self.config = config
-        self.data = data
+        self.train_data = train_data
+        self.val_data = val_data
+        self.label_map = train_data.annotations.label_map
         self.worker = worker
         self.model = model.train()
         self.step = 0
-        self.steps_per_epoch = steps_per_epoch(len(data.train), train.batch_size)
+        self.steps_per_epoch = steps_per_epoch(len(train_data), train.batch_size)
         self.schedule_steps = train.epochs * self.steps_per_epoch
         self.last_step = min(self.schedule_steps, train.max_steps or self.schedule_steps)
         self.criterion = Criterion(config.assignment, config.loss)
@@ -129,12 +118,14 @@ class Trainer:
             )
             return None
         result = None
-        while self.step < self.last_step:
-            self._train_epoch()
-            self.save()
-            if self._evaluation_is_due():
-                result = self.evaluate()
-        self.metrics.close()
+        try:
+            while self.step < self.last_step:
+                self._train_epoch()
+                self.save()
+                if self._evaluation_is_due():
+                    result = self.evaluate()
+        finally:
+            self.metrics.close()
         return result
 
     def train_step(self, batch: Batch) -> None:
@@ -176,28 +167,25 @@ class Trainer:
                 epoch=self.step // self.steps_per_epoch,
                 steps_per_epoch=self.steps_per_epoch,
                 config=config_to_dict(self.config),
-                label_map=self.data.label_map.to_dict(),
+                label_map=self.label_map.to_dict(),
                 world_size=self.worker.world_size,
             )
             output = self.config.output
             path = save_checkpoint(checkpoint, output, keep=self.config.train.keep_checkpoints)
-            save_weights(
-                output / WEIGHTS_FILE, checkpoint.model, self.config, checkpoint.label_map
-            )
+            save_weights(output / WEIGHTS_FILE, checkpoint.model, self.config, checkpoint.label_map)
         logger.info("step %d: wrote %s", self.step, path)
 
     def evaluate(self) -> CocoResult | None:
         """Score the validation images. All ranks call it; rank 0 has the result."""
         self.finite.verify()
-        config, data, worker = self.config, self.data, self.worker
-        assert data.val is not None
-        assert data.val_annotations is not None
+        config, worker, data = self.config, self.worker, self.val_data
+        assert data is not None, "without eval_every there is no validation set"
         started = time.perf_counter()
         with self.meter.paused():
             result = evaluate_detector(
                 self.model,
-                build_eval_loader(config, data.val, rank=worker.rank, world_size=worker.world_size),
-                CocoEvaluator(data.val_annotations, data.label_map),
+                build_eval_loader(config, data, rank=worker.rank, world_size=worker.world_size),
+                CocoEvaluator(data.annotations.annotation_file, self.label_map),
                 config.eval,
                 worker,
                 precision=config.train.precision,
@@ -232,7 +220,7 @@ class Trainer:
         epoch, first_step = divmod(self.step, self.steps_per_epoch)
         loader = build_train_loader(
             self.config,
-            self.data.train,
+            self.train_data,
             epoch=epoch,
             first_step=first_step,
             rank=self.worker.rank,
@@ -302,11 +290,5 @@ class Trainer:
         parameters = inspect.signature(DistributedDataParallel).parameters
         name = "forward_sync_buffers"
         options[name if name in parameters else "broadcast_buffers"] = False
-        return DistributedDataParallel(
-            model,
-            gradient_as_bucket_view=True,
-            # Without auxiliary losses the heads of earlier layers get no gradient. Otherwise every
-            # parameter gets one in every step, whatever the targets.
-            find_unused_parameters=not self.config.loss.auxiliary,
-            **options,
-        )
+        # Every parameter gets a gradient in every step, whatever the targets: nothing to look for.
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, **options)

@@ -40,7 +40,8 @@ def matching_cost(
         [N, B, Q, T], float32 at least, always finite.
     """
     resolve_impl("matching_cost", impl)
-    boxes, target_boxes = at_least_float32(boxes), targets.boxes.to(boxes.dtype)
+    boxes = at_least_float32(boxes)
+    target_boxes = targets.boxes.to(boxes.dtype)
     l1 = sum(
         (boxes[..., :, None, side] - target_boxes[:, None, :, side]).abs() for side in range(4)
     )

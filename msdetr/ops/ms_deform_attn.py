@@ -164,8 +164,8 @@ def _reference(
     dtype = torch.promote_types(value.dtype, torch.float32)
     # A sample at -1 or 2 is outside of any map, so clamping changes no value and no gradient; it
     # keeps grid_sample's integer conversion in range.
-    locations = torch.nan_to_num(sampling_locations, nan=-1.0).clamp(-1.0, 2.0)
-    grid = (2.0 * locations - 1.0).to(dtype)
+    locations = torch.nan_to_num(sampling_locations.to(dtype), nan=-1.0).clamp(-1.0, 2.0)
+    grid = 2.0 * locations - 1.0
     grid = grid.permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # [L, B * M, Q, P, 2]
     weights = attention_weights.to(dtype).permute(3, 0, 2, 1, 4).flatten(1, 2)  # [L, B * M, Q, P]
     maps = value.to(dtype).permute(0, 2, 3, 1).reshape(batch * heads, channels, tokens)

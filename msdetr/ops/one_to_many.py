@@ -71,6 +71,9 @@ def one_to_many(
     slots = targets.labels.shape[1]
     k = min(k, queries)
     score = _score(logits, boxes, targets, cost_box, cost_class)  # [N, B, T, Q]
+    if not slots:
+        nothing = torch.zeros(num_layers, batch, 0, k, dtype=torch.int64, device=score.device)
+        return OneToMany(nothing, nothing.bool(), nothing.to(score.dtype))
 
     best_score, best_target = score.max(dim=2)  # [N, B, Q]
     best_query = score.argmax(dim=3)  # [N, B, T]

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Iterable
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 from msdetr.config import (
     AssignmentConfig,
@@ -13,7 +18,10 @@ from msdetr.config import (
     OptimizerConfig,
     RunConfig,
     TrainConfig,
+    config_to_dict,
 )
+from msdetr.engine.checkpoint import changed_fields
+from msdetr.presets import PRESETS
 
 TINY_MODEL = ModelConfig(
     backbone="convnet",
@@ -55,3 +63,60 @@ def tiny_config(data_root: Path, output: Path, **changes: object) -> RunConfig:
         device="cpu",
     )
     return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+
+
+def write_shapes(
+    root: Path,
+    *,
+    num_train: int,
+    num_val: int,
+    size: int = 64,
+    without_targets: Iterable[int] = (),
+) -> Path:
+    """Squares of three colours on grey, in COCO layout; `without_targets` are indices of training
+    images that stay empty."""
+    rng = np.random.default_rng(0)
+    (root / "annotations").mkdir(parents=True)
+    for split, num_images in (("train2017", num_train), ("val2017", num_val)):
+        (root / split).mkdir()
+        images, annotations = [], []
+        for index in range(num_images):
+            pixels = rng.integers(90, 120, (size, size, 3), dtype=np.uint8)
+            empty = split == "train2017" and index in without_targets
+            for _ in range(0 if empty else int(rng.integers(1, 4))):
+                category, side = int(rng.integers(3)), int(rng.integers(size // 6, size // 2))
+                x, y = (int(rng.integers(0, size - side)) for _ in range(2))
+                pixels[y : y + side, x : x + side] = np.eye(3, dtype=np.uint8)[category] * 255
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": index + 100,
+                        "category_id": category + 5,
+                        "bbox": [x, y, side, side],
+                        "area": side * side,
+                        "iscrowd": 0,
+                    }
+                )
+            name = f"{index:04d}.png"
+            Image.fromarray(pixels).save(root / split / name)
+            images.append({"id": index + 100, "file_name": name, "width": size, "height": size})
+        names = ("red", "green", "blue")
+        categories = [{"id": i + 5, "name": name} for i, name in enumerate(names)]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return root
+
+
+def tiny_options(config: RunConfig) -> list[str]:
+    """The command line of `train.py` that gives `config`: preset `tiny` and what differs."""
+    changes = changed_fields(config_to_dict(PRESETS["tiny"].config), config_to_dict(config))
+    options = ["tiny"]
+    for name, _, value in changes:
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            group, _, field = option.rpartition(".")
+            options.append(f"--{group}.{'' if value else 'no-'}{field}")
+        else:
+            values = value if isinstance(value, list) else [value]
+            options += [f"--{option}", *map(str, values)]
+    return options

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from engine.helpers import TINY_MODEL
 from torch import nn
 
 from msdetr.config import ModelConfig, OptimizerConfig
@@ -20,7 +21,6 @@ from msdetr.engine.optimizer import (
 )
 from msdetr.model.attention import MSDeformAttn
 from msdetr.model.detector import Detector, build_detector
-from tests.engine.helpers import TINY_MODEL
 
 ONE_STAGE = dataclasses.replace(
     TINY_MODEL, two_stage=False, mixed_selection=False, one_to_many="none", one_to_many_ffn=False

@@ -1,0 +1,76 @@
+"""Samples to batches of padded tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from msdetr.data.dataset import Sample
+from msdetr.structures import Batch, ImageBatch, Targets
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Puts samples into a `Batch`: few tensors, of few different shapes.
+
+    Images are padded right and bottom with 0 to a multiple of `pad_multiple` (1: to the largest
+    image of the batch), targets to the smallest of the ascending `target_buckets` that holds the
+    batch, beyond the last to a multiple of it.
+    """
+
+    pad_multiple: int
+    target_buckets: tuple[int, ...]
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        """The batch of one or more samples."""
+        return Batch(
+            images=self._images([sample.pixels for sample in samples]),
+            targets=self._targets(samples),
+            image_ids=torch.tensor([sample.image_id for sample in samples]),
+            original_sizes=torch.tensor([sample.original_size for sample in samples]),
+        )
+
+    def _images(self, images: list[Tensor]) -> ImageBatch:
+        sizes = torch.tensor([image.shape[1:] for image in images])
+        height, width = (_round_up(side, self.pad_multiple) for side in sizes.amax(dim=0).tolist())
+        pixels = _empty_images(len(images), 3, height, width)
+        for row, image in zip(pixels, images, strict=True):
+            _, bottom, right = image.shape
+            row[:, :bottom, :right] = image
+            row[:, bottom:] = 0
+            row[:, :bottom, right:] = 0
+        return ImageBatch(pixels, sizes)
+
+    def _targets(self, samples: Sequence[Sample]) -> Targets:
+        count = torch.tensor([len(sample.labels) for sample in samples])
+        slots = self._target_slots(int(count.max()))
+        labels = torch.zeros(len(samples), slots, dtype=torch.int64)
+        boxes = torch.zeros(len(samples), slots, 4)
+        for i, sample in enumerate(samples):
+            labels[i, : len(sample.labels)] = sample.labels
+            boxes[i, : len(sample.labels)] = sample.boxes
+        return Targets(labels, boxes, count)
+
+    def _target_slots(self, count: int) -> int:
+        for bucket in self.target_buckets:
+            if count <= bucket:
+                return bucket
+        return _round_up(count, self.target_buckets[-1])
+
+
+def _empty_images(*shape: int) -> Tensor:
+    """Uninitialised uint8 images; in a loader process already in the memory that it shares with the
+    training process, which would otherwise cost a copy of the batch."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

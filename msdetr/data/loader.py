@@ -1,0 +1,103 @@
+"""Loaders: batches of this rank, in worker processes, from any step on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from msdetr.config import RunConfig
+from msdetr.data.collate import Collate
+from msdetr.data.dataset import DetectionDataset, Sample
+from msdetr.data.sampler import (
+    epoch_permutation,
+    evaluation_indices,
+    sample_generator,
+    step_positions,
+    steps_per_epoch,
+)
+from msdetr.structures import Batch
+
+__all__ = ["EpochSamples", "build_eval_loader", "build_train_loader", "steps_per_epoch"]
+
+
+class EpochSamples(Dataset[Sample]):
+    """The samples of one epoch by their position in its order.
+
+    A sample depends on (seed, epoch, position) alone: not on the process that computes it, nor on
+    what was computed before.
+    """
+
+    def __init__(self, dataset: DetectionDataset, *, seed: int, epoch: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.epoch = epoch
+        self._order = epoch_permutation(seed, epoch, len(dataset))
+
+    def __getitem__(self, position: int) -> Sample:
+        """The sample at a position; positions go round in sets smaller than a batch."""
+        index = int(self._order[position % len(self._order)])
+        return self.dataset.sample(index, sample_generator(self.seed, self.epoch, position))
+
+
+def build_train_loader(
+    config: RunConfig,
+    dataset: DetectionDataset,
+    *,
+    epoch: int,
+    first_step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> DataLoader[Batch]:
+    """The batches of one epoch for one rank, one per step.
+
+    Args:
+        config: uses `seed`, `data` and `train.batch_size` (over all ranks).
+        dataset: the training set.
+        epoch: from 0.
+        first_step: step of the epoch to start with; the steps before it are not loaded.
+        rank: this process.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: the set is empty, or the batch size is not divisible by `world_size`.
+    """
+    batch_size = config.train.batch_size
+    steps = range(first_step, steps_per_epoch(len(dataset), batch_size))
+    samples = EpochSamples(dataset, seed=config.seed, epoch=epoch)
+    # Before any step, so that a wrong batch size is refused also where no steps are left.
+    step_positions(0, batch_size=batch_size, rank=rank, world_size=world_size)
+    positions = [
+        list(step_positions(step, batch_size=batch_size, rank=rank, world_size=world_size))
+        for step in steps
+    ]
+    return _loader(config, samples, positions)
+
+
+def build_eval_loader(
+    config: RunConfig, dataset: DetectionDataset, *, rank: int = 0, world_size: int = 1
+) -> DataLoader[Batch]:
+    """This rank's share of the images, in batches of `config.eval.batch_size`; the last may be
+    smaller. Over all ranks every image comes exactly once; ranks may have different numbers of
+    batches, also none."""
+    indices = list(evaluation_indices(len(dataset), rank=rank, world_size=world_size))
+    size = config.eval.batch_size
+    batches = [indices[begin : begin + size] for begin in range(0, len(indices), size)]
+    return _loader(config, dataset, batches)
+
+
+def _loader(
+    config: RunConfig, dataset: Dataset[Sample], batches: list[list[int]]
+) -> DataLoader[Batch]:
+    # DataLoader draws a seed for its workers, which nothing here uses: from a generator of its own,
+    # so that it leaves the global one alone. PyTorch gives each worker one thread.
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=min(config.data.num_workers, len(batches)),
+        collate_fn=Collate(config.data.pad_multiple, config.data.target_buckets),
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(0),
+    )
+    return loader

@@ -1,0 +1,93 @@
+"""Which images a step takes: a stateless function of (seed, epoch, step, rank, world size).
+
+Every epoch orders the images anew. Its positions 0, 1, 2, ... are dealt to steps of `batch_size`,
+and each step's positions to the ranks in equal runs, so the images of a step are the same whatever
+the number of ranks. Positions left over after the last whole batch are dropped; a set smaller than
+one batch goes round until the batch is full.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+# What a stream of random numbers is for. SeedSequence pads with zeros, so that without these tags
+# the order of an epoch and the sample at its position 0 would draw the same numbers.
+_ORDER, _SAMPLE = 1, 2
+
+
+def steps_per_epoch(num_images: int, batch_size: int) -> int:
+    """Whole batches in an epoch, at least one.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    if num_images < 1:
+        raise ValueError("the training set has no images")
+    return max(1, num_images // batch_size)
+
+
+def epoch_permutation(seed: int, epoch: int, num_images: int) -> NDArray[np.int64]:
+    """The order of the images in an epoch, [num_images]."""
+    return _generator(_ORDER, seed, epoch).permutation(num_images)
+
+
+def sample_generator(seed: int, epoch: int, position: int) -> np.random.Generator:
+    """The random numbers of the sample at a position of an epoch."""
+    return _generator(_SAMPLE, seed, epoch, position)
+
+
+def step_positions(step: int, *, batch_size: int, rank: int, world_size: int) -> range:
+    """Positions in the epoch's order that a rank takes at a step of the epoch.
+
+    Args:
+        step: from 0.
+        batch_size: images per step over all ranks.
+        rank: in [0, world_size).
+        world_size: number of ranks.
+
+    Raises:
+        ValueError: `batch_size` is not divisible by `world_size`, or `rank` is out of range.
+    """
+    if batch_size % world_size:
+        raise ValueError(
+            f"batch_size ({batch_size}) must be divisible by the number of processes "
+            f"({world_size}): it counts the images over all of them"
+        )
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} of {world_size}")
+    share = batch_size // world_size
+    begin = step * batch_size + rank * share
+    return range(begin, begin + share)
+
+
+def step_indices(
+    *,
+    seed: int,
+    epoch: int,
+    step: int,
+    num_images: int,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+) -> NDArray[np.int64]:
+    """Indices of the images that a rank takes at a step of an epoch, [batch_size / world_size].
+
+    Raises:
+        ValueError: as `step_positions`, or the epoch has no such step.
+    """
+    num_steps = steps_per_epoch(num_images, batch_size)
+    if not 0 <= step < num_steps:
+        raise ValueError(f"step {step} of an epoch of {num_steps}")
+    positions = step_positions(step, batch_size=batch_size, rank=rank, world_size=world_size)
+    return np.take(epoch_permutation(seed, epoch, num_images), positions, mode="wrap")
+
+
+def evaluation_indices(num_images: int, *, rank: int, world_size: int) -> range:
+    """Indices of the images that a rank evaluates: every image is in exactly one rank's range,
+    which may be empty."""
+    return range(rank, num_images, world_size)
+
+
+def _generator(*key: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence(key))

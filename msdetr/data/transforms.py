@@ -1,0 +1,199 @@
+"""Augmentation in two parts: drawing what to do (`Geometry`), and doing it.
+
+Random resize, crop and resize again (DETR's recipe) is one window of the stored image and one final
+size. With both known before anything is decoded, a sample costs one decode (smaller than stored
+where that is enough) and one resize.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from msdetr.boxes import xyxy_to_cxcywh
+from msdetr.config import DataConfig
+from msdetr.data.images import DecodedImage
+
+Size = tuple[int, int]
+"""(height, width) in pixels."""
+
+
+class Geometry(NamedTuple):
+    """A window of the image, scaled to `size`, then perhaps mirrored left to right."""
+
+    top: int
+    """First row of the window, in pixels of the image."""
+    left: int
+    """First column."""
+    height: int
+    """Rows."""
+    width: int
+    """Columns."""
+    size: Size
+    """Size of the result."""
+    flip: bool
+    """Whether the result is mirrored."""
+
+    @property
+    def max_scale(self) -> int:
+        """By how much the image may be decoded smaller without enlarging it afterwards, or 1."""
+        return max(1, min(self.height // self.size[0], self.width // self.size[1]))
+
+
+Augmentation = Callable[[Size, np.random.Generator], Geometry]
+"""Draws what to do with an image of the given size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationTransform:
+    """The whole image, its shorter side scaled to `size`; nothing is random."""
+
+    size: int
+    """Shorter side."""
+    max_size: int
+    """Upper bound of the longer side."""
+
+    def __call__(self, image_size: Size, rng: np.random.Generator) -> Geometry:
+        """The geometry for an image of `image_size`; draws nothing from `rng`."""
+        return Geometry(
+            0, 0, *image_size, scaled_size(image_size, self.size, self.max_size), flip=False
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingTransform:
+    """DETR's augmentation: a flip half of the time, then a resize to one of `sizes`; with `crop`,
+    half of the images are scaled and cropped before that."""
+
+    sizes: tuple[int, ...]
+    """Shorter sides of the result, one is drawn."""
+    max_size: int
+    """Upper bound of the longer side of the result."""
+    crop: bool
+    """Whether to crop at all."""
+    crop_resize_sizes: tuple[int, ...]
+    """Shorter sides that an image is scaled to before it is cropped, one is drawn."""
+    crop_min_size: int
+    """Smallest side of a crop of the scaled image (or the image's side, where that is smaller)."""
+    crop_max_size: int
+    """Largest side."""
+
+    def __call__(self, image_size: Size, rng: np.random.Generator) -> Geometry:
+        """Draws the geometry for an image of `image_size` from `rng`."""
+        flip = bool(rng.random() < 0.5)
+        if self.crop and rng.random() < 0.5:
+            window, crop_size = self._draw_crop(image_size, rng)
+        else:
+            window, crop_size = (0, 0, *image_size), image_size
+        size = scaled_size(crop_size, int(rng.choice(self.sizes)), self.max_size)
+        return Geometry(*window, size, flip)
+
+    def _draw_crop(
+        self, image_size: Size, rng: np.random.Generator
+    ) -> tuple[tuple[int, int, int, int], Size]:
+        """A window (top, left, height, width) of the image, and its size when scaled."""
+        scaled = scaled_size(image_size, int(rng.choice(self.crop_resize_sizes)))
+        crop_size = self._draw_side(scaled[0], rng), self._draw_side(scaled[1], rng)
+        top = int(rng.integers(scaled[0] - crop_size[0], endpoint=True))
+        left = int(rng.integers(scaled[1] - crop_size[1], endpoint=True))
+        # From scaled pixels back to those of the image.
+        rows = _rescale(top, crop_size[0], scaled[0], image_size[0])
+        columns = _rescale(left, crop_size[1], scaled[1], image_size[1])
+        return (rows[0], columns[0], rows[1], columns[1]), crop_size
+
+    def _draw_side(self, side: int, rng: np.random.Generator) -> int:
+        low, high = min(self.crop_min_size, side), min(self.crop_max_size, side)
+        return int(rng.integers(low, high, endpoint=True))
+
+
+def training_transform(config: DataConfig) -> Augmentation:
+    """The augmentation that `config.augmentation` names."""
+    if config.augmentation == "none":
+        return evaluation_transform(config)
+    return TrainingTransform(
+        sizes=config.train_sizes,
+        max_size=config.max_size,
+        crop=config.augmentation == "detr",
+        crop_resize_sizes=config.crop_resize_sizes,
+        crop_min_size=config.crop_min_size,
+        crop_max_size=config.crop_max_size,
+    )
+
+
+def evaluation_transform(config: DataConfig) -> Augmentation:
+    """Scaling to `test_size`, at most `max_size`."""
+    return EvaluationTransform(size=config.test_size, max_size=config.max_size)
+
+
+def scaled_size(image_size: Size, shorter_side: int, max_size: int | None = None) -> Size:
+    """DETR's size rule: the shorter side becomes `shorter_side`, or less where the longer side
+    would exceed `max_size`. The longer side is rounded down, at least 1."""
+    height, width = image_size
+    shorter, longer = min(image_size), max(image_size)
+    if max_size is not None and longer / shorter * shorter_side > max_size:
+        shorter_side = max(1, round(max_size * shorter / longer))
+    if width < height:
+        return int(shorter_side * height / width), shorter_side
+    return shorter_side, int(shorter_side * width / height)
+
+
+def transform_pixels(decoded: DecodedImage, geometry: Geometry) -> Tensor:
+    """Carries out `geometry` on an image that was decoded with its `max_scale` or less.
+
+    Returns:
+        [3, *geometry.size] uint8
+    """
+    image, scale = decoded
+    top, left, height, width = geometry[:4]
+    window = (left, top, left + width, top + height)
+    pixels: Tensor
+    if scale > 1:
+        # Pillow takes fractions of the decoded pixels as a window; whole ones would shift the
+        # picture against its boxes. For the usual case below torchvision is twice as fast.
+        box = (window[0] / scale, window[1] / scale, window[2] / scale, window[3] / scale)
+        image = image.resize(geometry.size[::-1], Image.Resampling.BILINEAR, box=box)
+        pixels = F.pil_to_tensor(image)
+    else:
+        whole = (0, 0, *image.size)
+        pixels = F.pil_to_tensor(image if window == whole else image.crop(window))
+        pixels = F.resize(pixels, list(geometry.size), antialias=True)
+    if geometry.flip:
+        pixels = F.horizontal_flip(pixels)
+    return pixels
+
+
+def transform_boxes(labels: Tensor, boxes: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Labels [m] and boxes [m, 4], what the window of `geometry` leaves of them.
+
+    Args:
+        labels: [n] int64
+        boxes: [n, 4] float32 (x0, y0, x1, y1) in pixels of the image.
+        geometry: the same as for the pixels.
+
+    Returns:
+        the m labels whose box still has an area, and their boxes: (centre x, centre y, width,
+        height) as fractions of the window, clipped to it.
+    """
+    top, left, height, width = geometry[:4]
+    origin = torch.tensor((left, top, left, top), dtype=boxes.dtype)
+    extent = torch.tensor((width, height, width, height), dtype=boxes.dtype)
+    boxes = ((boxes - origin) / extent).clamp(0, 1)
+    keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    labels, boxes = labels[keep], xyxy_to_cxcywh(boxes[keep])
+    if geometry.flip:
+        boxes[:, 0] = 1 - boxes[:, 0]
+    return labels, boxes
+
+
+def _rescale(begin: int, length: int, scaled_side: int, side: int) -> tuple[int, int]:
+    """(begin, length) of an interval of `scaled_side` pixels, in an image side of `side` pixels."""
+    first = min(round(begin * side / scaled_side), side - 1)
+    end = max(round((begin + length) * side / scaled_side), first + 1)
+    return first, end - first

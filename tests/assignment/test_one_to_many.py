@@ -1,0 +1,208 @@
+"""One-to-many assignment for the losses: classes of shared queries, priorities, merging."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from assignment.scenes import Scene, padded_targets, random_scene, with_garbage_padding
+
+from msdetr.assignment.one_to_many import assign_one_to_many
+from msdetr.assignment.one_to_one import assign_one_to_one
+from msdetr.config import AssignmentConfig
+from msdetr.ops.one_to_many import OneToMany, one_to_many
+from msdetr.structures import Assignment, Predictions
+
+KEEP_ALL = AssignmentConfig(positive_fraction=1.0)
+MERGE = AssignmentConfig(positive_fraction=1.0, indices_merge=True)
+
+
+def assign(scene: Scene, config: AssignmentConfig = KEEP_ALL, **options) -> Assignment:
+    return assign_one_to_many(
+        Predictions(scene.logits, scene.boxes), scene.targets, config, **options
+    )
+
+
+def matched(scene: Scene) -> Assignment:
+    return assign_one_to_one(*scene, cost_class=2.0, cost_bbox=5.0, cost_giou=2.0)
+
+
+def pairs_of(scene: Scene, config: AssignmentConfig = KEEP_ALL) -> OneToMany:
+    """The op's result, for `positive_fraction` 1."""
+    return one_to_many(
+        *scene,
+        torch.zeros(scene.logits.shape[:3]),
+        k=config.one_to_many_k,
+        threshold=config.one_to_many_threshold,
+        positive_fraction=1.0,
+    )
+
+
+def crowded_scene(**options) -> Scene:
+    """Overlapping targets, so that queries serve several of them."""
+    scene = random_scene((6, 0, 9), queries=16, **options)
+    scene.targets.boxes[0, 3] = scene.targets.boxes[0, 1]  # the same object twice
+    scene.targets.labels[0, 3] = scene.targets.labels[0, 1]
+    return scene
+
+
+def winners(pairs: OneToMany, layer: int, image: int) -> dict[int, int]:
+    """The target of each taken query: the highest score, the lowest index of equals."""
+    best: dict[int, tuple[float, int]] = {}
+    for target, place in pairs.mask[layer, image].nonzero().tolist():
+        query = pairs.query_index[layer, image, target, place].item()
+        score = pairs.score[layer, image, target, place].item()
+        if query not in best or score > best[query][0]:
+            best[query] = (score, target)
+    return {query: target for query, (_, target) in best.items()}
+
+
+def test_pairs_are_those_of_the_op():
+    scene = crowded_scene()
+    assignment, pairs = assign(scene), pairs_of(scene)
+    assert torch.equal(assignment.query_index, pairs.query_index)
+    assert torch.equal(assignment.mask, pairs.mask)
+
+
+def test_a_shared_query_learns_the_class_of_its_best_pair():
+    scene = crowded_scene(layers=6)
+    assignment, pairs = assign(scene), pairs_of(scene)
+    shared = 0
+    for layer in range(6):
+        for image in range(3):
+            expected = torch.full((16,), -1)
+            for query, target in winners(pairs, layer, image).items():
+                expected[query] = scene.targets.labels[image, target]
+            assert torch.equal(assignment.target_class[layer, image], expected)
+            shared += pairs.mask[layer, image].sum().item() - (expected >= 0).sum().item()
+    assert shared > 4, "the scene is to make queries serve several targets"
+
+
+def test_equal_scores_give_the_first_target():
+    box = torch.tensor([[0.5, 0.5, 0.4, 0.4]])
+    targets = padded_targets([torch.tensor([1, 2])], [box.repeat(2, 1)], slots=3)
+    scene = Scene(torch.zeros(1, 1, 1, 3), box[None, None], targets)
+    # One query goes to one target, the first: only that one takes it.
+    assignment = assign(scene)
+    assert assignment.target_class.flatten().tolist() == [1]
+    assert assignment.mask[0, 0, :, 0].tolist() == [True, False, False]
+
+    # A second query earns the second target a place too, which the first query takes again.
+    logits = torch.tensor([[0.0, 2.0, 2.0], [0.0, 1.0, 1.5]])[None, None]
+    assignment = assign(Scene(logits, box.repeat(2, 1)[None, None], targets))
+    assert assignment.mask[0, 0].tolist() == [[True, False], [True, False], [False, False]]
+    assert not assignment.query_index.any()
+    assert assignment.target_class.flatten().tolist() == [1, -1]
+
+
+@pytest.mark.parametrize("config", [AssignmentConfig(positive_fraction=0.25), MERGE])
+@pytest.mark.parametrize("value", [None, float("nan")])
+def test_empty_slots_do_not_matter(config, value):
+    scene = crowded_scene()
+    garbage = scene._replace(targets=with_garbage_padding(scene.targets, 3, value))
+    options = {"priority": torch.rand(2, 3, 16), "one_to_one": matched(scene)}
+    assert all(map(torch.equal, assign(scene, config, **options), assign(garbage, config, **options)))
+
+
+def test_no_targets():
+    scene = random_scene((0, 0))
+    for config in (KEEP_ALL, MERGE):
+        assignment = assign(scene, config, one_to_one=matched(scene))
+        assert not assignment.mask.any()
+        assert (assignment.target_class == -1).all()
+
+
+def test_priorities_are_drawn_from_the_generator():
+    config = AssignmentConfig(one_to_many_threshold=0.0, positive_fraction=0.25)
+    scene = crowded_scene()
+
+    def drawn(seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return assign(scene, config, generator=generator).mask
+
+    before = torch.get_rng_state()
+    assert torch.equal(drawn(1), drawn(1))
+    assert torch.equal(torch.get_rng_state(), before), "the global generator is left alone"
+    assert any(not torch.equal(drawn(1), drawn(seed)) for seed in (2, 3, 4))
+    # Every layer and image draws its own.
+    same = random_scene((8,), layers=1, queries=16)
+    repeated = Scene(
+        same.logits.expand(6, -1, -1, -1),
+        same.boxes.expand(6, -1, -1, -1),
+        same.targets,
+    )
+    assert len(assign(repeated, config).mask.flatten(1).unique(dim=0)) > 1
+
+
+def test_merging_gives_each_query_one_target():
+    scene = crowded_scene(layers=3)
+    pairs, one_to_one = pairs_of(scene), matched(scene)
+    merged = assign(scene, MERGE, one_to_one=one_to_one)
+    k = pairs.mask.shape[-1]
+    assert merged.mask.shape[-1] == k + 1
+    joined = refused = 0
+    for layer in range(3):
+        for image, count in enumerate(scene.targets.count.tolist()):
+            # One-to-one first, then overwritten by one-to-many.
+            expected = {}
+            for target in range(count):
+                if one_to_one.mask[layer, image, target, 0]:
+                    expected[one_to_one.query_index[layer, image, target, 0].item()] = target
+            many = winners(pairs, layer, image)
+            joined += len(expected.keys() - many.keys())
+            refused += len(expected.keys() & many.keys())
+            expected |= many
+
+            found = [
+                (merged.query_index[layer, image, target, place].item(), target)
+                for target, place in merged.mask[layer, image].nonzero().tolist()
+            ]
+            assert len(found) == len(expected)
+            assert dict(found) == expected
+            classes = torch.full((16,), -1)
+            for query, target in expected.items():
+                classes[query] = scene.targets.labels[image, target]
+            assert torch.equal(merged.target_class[layer, image], classes)
+    assert joined, "some one-to-one query is to be new"
+    assert refused, "and some is to be taken"
+
+
+def test_merging_needs_the_other_assignment():
+    with pytest.raises(ValueError, match="indices_merge needs the one-to-one assignment"):
+        assign(random_scene((2,)), MERGE)
+
+
+def test_without_merging_the_other_assignment_is_ignored():
+    scene = crowded_scene()
+    with_other = assign(scene, KEEP_ALL, one_to_one=matched(scene))
+    assert all(map(torch.equal, with_other, assign(scene)))
+
+
+def test_options_reach_the_op():
+    scene = random_scene((3, 2), queries=16)
+    strict = AssignmentConfig(
+        one_to_many_k=2,
+        one_to_many_threshold=0.9,
+        one_to_many_cost_box=0.9,
+        one_to_many_cost_class=0.1,
+        positive_fraction=1.0,
+    )
+    expected = one_to_many(
+        *scene,
+        torch.zeros(2, 16),
+        k=2,
+        threshold=0.9,
+        positive_fraction=1.0,
+        cost_box=0.9,
+        cost_class=0.1,
+    )
+    assignment = assign(scene, strict)
+    assert torch.equal(assignment.query_index, expected.query_index)
+    assert torch.equal(assignment.mask, expected.mask)
+    assert not torch.equal(assignment.mask.sum(-1), assign(scene).mask.sum(-1))
+
+
+def test_no_gradient_is_recorded():
+    scene = crowded_scene()
+    scene.logits.requires_grad_()
+    scene.boxes.requires_grad_()
+    assert not any(field.requires_grad for field in assign(scene))

@@ -1,0 +1,127 @@
+"""The attention modules: initial values, padding, and PyTorch's own attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from model.helpers import crop_tokens, cropped, random_pyramid, randomize
+from msdetr.model.attention import MSDeformAttn, SelfAttention
+from msdetr.ops.ms_deform_attn import padding_mask
+
+SHAPES = ((4, 6), (2, 3))
+VALID_SIZES = [[(3, 4), (2, 2)], [(4, 6), (2, 3)]]
+
+
+def test_initial_offsets_point_in_eight_directions():
+    attention = MSDeformAttn(hidden_dim=32, num_levels=2, num_heads=8, num_points=3)
+    assert not attention.sampling_offsets.weight.any()
+    offsets = attention.sampling_offsets.bias.view(8, 2, 3, 2)
+    directions = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
+    for head, direction in enumerate(directions):
+        for point in range(3):
+            expected = (point + 1.0) * torch.tensor(direction).float()
+            torch.testing.assert_close(offsets[head, :, point], expected.expand(2, -1))
+
+
+@pytest.mark.parametrize("num_heads", [1, 3, 6])
+def test_initial_offsets_lie_on_squares(num_heads):
+    attention = MSDeformAttn(num_heads * 4, num_levels=1, num_heads=num_heads, num_points=4)
+    offsets = attention.sampling_offsets.bias.view(num_heads, 4, 2)
+    steps = torch.tensor([1.0, 2.0, 3.0, 4.0]).expand(num_heads, -1)
+    torch.testing.assert_close(offsets.abs().amax(-1), steps)
+
+
+def test_initial_weights_are_uniform_and_biases_zero():
+    attention = MSDeformAttn(hidden_dim=32, num_levels=2, num_heads=8, num_points=3)
+    assert not attention.attention_weights.weight.any()
+    assert not attention.attention_weights.bias.any()
+    assert not attention.value_proj.bias.any()
+    assert not attention.output_proj.bias.any()
+    assert attention.value_proj.weight.std() > 0.1
+
+
+def test_initially_attends_to_the_mean_of_its_points():
+    """One point per head, moved back onto the reference: the token there, projected."""
+    attention = MSDeformAttn(hidden_dim=32, num_levels=2, num_heads=4, num_points=1).double()
+    attention.sampling_offsets.bias.data.zero_()
+    pyramid = random_pyramid(SHAPES, VALID_SIZES)
+    reference = torch.tensor([[2.5 / 6, 1.5 / 4], [1.5 / 3, 0.5 / 2]]).expand(2, 1, 2, 2)
+    query = torch.randn(2, 1, 32, dtype=torch.float64)
+    output = attention(query, reference, pyramid.tokens, SHAPES, pyramid.valid_sizes)
+    tokens = (pyramid.tokens[:, 6 + 2] + pyramid.tokens[:, 24 + 1])[:, None] / 2
+    expected = attention.output_proj(attention.value_proj(tokens))
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reference_dim", [2, 4])
+def test_padding_does_not_matter(reference_dim):
+    """Neither what it holds, nor that it is there."""
+    attention = MSDeformAttn(hidden_dim=32, num_levels=2, num_heads=2, num_points=3).double()
+    randomize(attention)
+    pyramid = random_pyramid(SHAPES, VALID_SIZES)
+    query = torch.randn(2, 5, 32, dtype=torch.float64)
+    boxes = torch.rand(2, 5, 1, reference_dim, dtype=torch.float64)  # of the valid image
+    shapes = torch.tensor(SHAPES, dtype=torch.float64)
+    ratios = (pyramid.valid_sizes / shapes).flip(-1).repeat(1, 1, reference_dim // 2)[:, None]
+    output = attention(query, boxes * ratios, *pyramid)
+
+    garbage = pyramid.tokens.clone()
+    garbage[padding_mask(SHAPES, pyramid.valid_sizes)] = float("nan")
+    again = attention(query, boxes * ratios, garbage, SHAPES, pyramid.valid_sizes)
+    assert torch.equal(again, output)
+
+    for image in range(2):
+        alone = cropped(pyramid, image)
+        one = slice(image, image + 1)
+        reference = boxes[one].expand(-1, -1, 2, -1)
+        found = attention(query[one], reference, alone.tokens, alone.spatial_shapes, None)
+        torch.testing.assert_close(found, output[one])
+
+
+def test_everything_gets_a_gradient():
+    attention = MSDeformAttn(hidden_dim=32, num_levels=2, num_heads=2, num_points=3).double()
+    pyramid = random_pyramid(SHAPES, VALID_SIZES)
+    query = torch.randn(2, 5, 32, dtype=torch.float64)
+    reference = torch.rand(2, 5, 2, 2, dtype=torch.float64)
+    attention(query, reference, *pyramid).square().sum().backward()
+    assert all(parameter.grad.any() for parameter in attention.parameters())
+
+
+def test_self_attention_is_pytorch_s():
+    attention = SelfAttention(hidden_dim=32, num_heads=4, dropout=0.0).double()
+    expected = nn.MultiheadAttention(32, 4, batch_first=True).double()
+    assert {n: p.shape for n, p in attention.named_parameters()} == {
+        n: p.shape for n, p in expected.named_parameters()
+    }
+    randomize(expected)
+    attention.load_state_dict(expected.state_dict())
+    x, query_pos = (torch.randn(2, 5, 32, dtype=torch.float64) for _ in range(2))
+    position = x + query_pos
+    torch.testing.assert_close(attention(x, query_pos), expected(position, position, x)[0])
+
+
+def test_self_attention_is_initialised_as_pytorch_s():
+    attention, expected = SelfAttention(64, 4, 0.0), nn.MultiheadAttention(64, 4)
+    for name, parameter in expected.named_parameters():
+        mine = attention.get_parameter(name)
+        if not parameter.any():
+            assert not mine.any(), name
+    bound = (6 / (64 + 3 * 64)) ** 0.5  # xavier_uniform
+    assert bound * 0.95 < attention.in_proj_weight.abs().max() <= bound
+
+
+def test_self_attention_drops_in_training_only():
+    attention = SelfAttention(hidden_dim=32, num_heads=4, dropout=0.5)
+    x = torch.randn(2, 5, 32)
+    attention.eval()
+    assert torch.equal(attention(x, x), attention(x, x))
+    attention.train()
+    assert not torch.equal(attention(x, x), attention(x, x))
+
+
+def test_crop_is_what_these_tests_think():
+    tokens = torch.arange(30.0).view(1, 30, 1)
+    kept = crop_tokens(tokens, SHAPES, ((2, 2), (1, 3))).flatten().tolist()
+    assert kept == [0, 1, 6, 7, 24, 25, 26]

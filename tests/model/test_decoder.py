@@ -1,0 +1,232 @@
+"""The decoder: its two orders, where one-to-many is read, and which losses train which head."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model.helpers import cropped, random_pyramid, randomize, tiny_config
+from msdetr.model.decoder import Decoder, DecoderLayer
+from msdetr.model.heads import DetectionHeads
+from msdetr.model.query_selection import Queries
+from msdetr.structures import FeaturePyramid, Predictions
+
+SHAPES = ((4, 6), (2, 3))
+VALID_SIZES = [[(3, 4), (2, 2)], [(4, 6), (2, 3)]]
+QUERIES = 5
+
+
+def random_queries(reference_dim: int = 4) -> Queries:
+    content, query_pos = (torch.randn(2, QUERIES, 32, dtype=torch.float64) for _ in range(2))
+    reference = 0.1 + 0.8 * torch.rand(2, QUERIES, reference_dim, dtype=torch.float64)
+    return Queries(content, query_pos, reference, None, None)
+
+
+def decoding(**changes) -> tuple[Decoder, DetectionHeads]:
+    config = tiny_config(num_decoder_layers=3, **changes)
+    decoder, heads = Decoder(config).double(), DetectionHeads(config, 3).double()
+    randomize(decoder)
+    randomize(heads)
+    return decoder, heads
+
+
+class TestLayer:
+    def run(self, layer: DecoderLayer) -> tuple[tuple[Tensor, Tensor], list[str]]:
+        """The layer's result, and the order in which its parts ran."""
+        order: list[str] = []
+        for name in ("cross_attn", "self_attn", "ffn", "one_to_many_ffn"):
+            module = getattr(layer, name)
+            if module is not None:
+                module.register_forward_hook(lambda *_, name=name: order.append(name))
+        pyramid, queries = random_pyramid(SHAPES, VALID_SIZES), random_queries()
+        reference = queries.reference[:, :, None].expand(-1, -1, 2, -1)
+        return layer(queries.content, queries.query_pos, reference, pyramid), order
+
+    def layer(self, **changes) -> DecoderLayer:
+        layer = DecoderLayer(tiny_config(**changes)).double()
+        randomize(layer)
+        return layer
+
+    @pytest.mark.parametrize(
+        ("decoder_order", "attentions"),
+        [("cross_self", ["cross_attn", "self_attn"]), ("self_cross", ["self_attn", "cross_attn"])],
+    )
+    def test_order(self, decoder_order, attentions):
+        _, order = self.run(self.layer(decoder_order=decoder_order))
+        assert order == [*attentions, "ffn", "one_to_many_ffn"]
+
+    @pytest.mark.parametrize("decoder_order", ["cross_self", "self_cross"])
+    @pytest.mark.parametrize("one_to_many_ffn", [True, False])
+    def test_internal_one_to_many_reads_the_state_after_the_first_attention(
+        self, decoder_order, one_to_many_ffn
+    ):
+        layer = self.layer(decoder_order=decoder_order, one_to_many_ffn=one_to_many_ffn)
+        states = []
+        first = layer.cross_attn_norm if decoder_order == "cross_self" else layer.self_attn_norm
+        first.register_forward_hook(lambda module, inputs, output: states.append(output))
+        (output, many), _ = self.run(layer)
+        expected = layer.one_to_many_ffn(states[0]) if one_to_many_ffn else states[0]
+        assert torch.equal(many, expected)
+        assert not torch.equal(many, output)
+
+    @pytest.mark.parametrize("one_to_many", ["none", "output"])
+    def test_otherwise_it_reads_the_output(self, one_to_many):
+        (output, many), order = self.run(
+            self.layer(one_to_many=one_to_many, one_to_many_ffn=False)
+        )
+        assert many is output
+        assert order == ["cross_attn", "self_attn", "ffn"]
+
+    def test_evaluation_skips_it(self):
+        layer = self.layer().eval()
+        (output, many), order = self.run(layer)
+        assert many is output
+        assert order == ["cross_attn", "self_attn", "ffn"]
+
+
+@pytest.mark.parametrize("reference_dim", [2, 4])
+@pytest.mark.parametrize("box_refine", [True, False])
+def test_an_image_gets_the_same_predictions_without_its_padding(reference_dim, box_refine):
+    decoder, heads = decoding(box_refine=box_refine)
+    pyramid, queries = random_pyramid(SHAPES, VALID_SIZES), random_queries(reference_dim)
+    padded = decoder(queries, pyramid, heads)
+    for image in range(2):
+        one = slice(image, image + 1)
+        own = Queries(*(field[one] for field in queries[:3]), None, None)
+        alone = decoder(own, cropped(pyramid, image), heads)
+        for expected, found in zip(padded, alone, strict=True):
+            for field, mine in zip(expected, found, strict=True):
+                torch.testing.assert_close(mine, field[:, one], rtol=1e-5, atol=1e-6)
+
+
+def test_images_are_independent():
+    decoder, heads = decoding()
+    pyramid, queries = random_pyramid(SHAPES, VALID_SIZES), random_queries()
+    expected = decoder(queries, pyramid, heads)[0]
+    tokens = pyramid.tokens.clone()
+    tokens[1] += 1.0
+    found = decoder(queries, pyramid._replace(tokens=tokens), heads)[0]
+    assert torch.equal(found.logits[:, 0], expected.logits[:, 0])
+    assert not torch.equal(found.logits[:, 1], expected.logits[:, 1])
+
+
+def test_without_refinement_every_layer_starts_from_the_same_reference():
+    """Heads that move nothing predict the reference in every layer."""
+    decoder, heads = decoding(box_refine=False)
+    nn.init.zeros_(heads.bbox_embed[0].last.weight)
+    heads.bbox_embed[0].last.bias.data = torch.tensor([0.5] * 4, dtype=torch.float64)
+    queries = random_queries()
+    boxes = decoder(queries, random_pyramid(SHAPES, VALID_SIZES), heads)[0].boxes
+    expected = (queries.reference.logit() + 0.5).sigmoid()
+    torch.testing.assert_close(boxes, expected.expand(3, -1, -1, -1))
+
+
+@pytest.mark.parametrize("look_forward_twice", [True, False])
+def test_with_refinement_every_layer_starts_from_the_one_before(look_forward_twice):
+    decoder, heads = decoding(look_forward_twice=look_forward_twice)
+    for embed in heads.bbox_embed:
+        nn.init.zeros_(embed.last.weight)
+        nn.init.constant_(embed.last.bias, 0.5)
+    queries = random_queries()
+    boxes = decoder(queries, random_pyramid(SHAPES, VALID_SIZES), heads)[0].boxes
+    for layer in range(3):
+        expected = (queries.reference.logit() + 0.5 * (layer + 1)).sigmoid()
+        torch.testing.assert_close(boxes[layer], expected)
+
+
+def heads_reached(
+    heads: DetectionHeads, predictions: Predictions, kind: str
+) -> list[list[int]]:
+    """For the boxes of each layer: the layers whose head (`kind`) their loss trains."""
+    embeds = getattr(heads, kind)
+    reached = []
+    for boxes in predictions.boxes:
+        parameters = [next(embed.parameters()) for embed in embeds]
+        gradients = torch.autograd.grad(
+            boxes.square().sum(), parameters, retain_graph=True, allow_unused=True
+        )
+        reached.append([i for i, grad in enumerate(gradients) if grad is not None and grad.any()])
+    return reached
+
+
+class TestLookForwardTwice:
+    @pytest.mark.parametrize("decoder_order", ["cross_self", "self_cross"])
+    def test_a_layer_s_boxes_train_the_head_before(self, decoder_order):
+        decoder, heads = decoding(look_forward_twice=True, decoder_order=decoder_order)
+        output = decoder(random_queries(), random_pyramid(SHAPES, VALID_SIZES), heads)
+        for branch in output:
+            assert heads_reached(heads, branch, "bbox_embed") == [[0], [0, 1], [1, 2]]
+
+    def test_once_is_not_twice(self):
+        decoder, heads = decoding(look_forward_twice=False)
+        output = decoder(random_queries(), random_pyramid(SHAPES, VALID_SIZES), heads)
+        for branch in output:
+            assert heads_reached(heads, branch, "bbox_embed") == [[0], [1], [2]]
+
+    def test_values_do_not_change(self):
+        once, heads = decoding(look_forward_twice=False)
+        twice, _ = decoding(look_forward_twice=True)
+        twice.load_state_dict(once.state_dict())
+        pyramid, queries = random_pyramid(SHAPES, VALID_SIZES), random_queries()
+        for a, b in zip(once(queries, pyramid, heads), twice(queries, pyramid, heads), strict=True):
+            assert all(map(torch.equal, a, b))
+
+
+def test_box_losses_never_train_class_heads():
+    decoder, heads = decoding(look_forward_twice=True)
+    output = decoder(random_queries(), random_pyramid(SHAPES, VALID_SIZES), heads)
+    assert heads_reached(heads, output[0], "class_embed") == [[], [], []]
+
+
+class TestOneToMany:
+    def decode(self, *, training: bool = True, **changes) -> tuple[Predictions, Predictions | None]:
+        decoder, heads = decoding(**changes)
+        decoder.train(training)
+        return decoder(random_queries(), random_pyramid(SHAPES, VALID_SIZES), heads)
+
+    def test_none(self):
+        assert self.decode(one_to_many="none", one_to_many_ffn=False)[1] is None
+
+    @pytest.mark.parametrize("one_to_many", ["internal", "output"])
+    def test_evaluation_has_none(self, one_to_many):
+        assert self.decode(training=False, one_to_many=one_to_many, one_to_many_ffn=False)[1] is None
+
+    def test_at_the_output_it_shares_boxes_and_has_classes_of_its_own(self):
+        one, many = self.decode(one_to_many="output", one_to_many_ffn=False)
+        assert torch.equal(one.boxes, many.boxes)
+        assert not (one.logits == many.logits).any()
+
+    @pytest.mark.parametrize("one_to_many_ffn", [True, False])
+    def test_inside_it_shares_heads_and_has_states_of_its_own(self, one_to_many_ffn):
+        one, many = self.decode(one_to_many="internal", one_to_many_ffn=one_to_many_ffn)
+        assert one.logits.shape == many.logits.shape == (3, 2, QUERIES, 3)
+        assert one.boxes.shape == many.boxes.shape == (3, 2, QUERIES, 4)
+        assert not (one.logits == many.logits).any()
+        assert not (one.boxes == many.boxes).any()
+
+    def test_it_does_not_disturb_one_to_one(self):
+        """Same weights, with and without the branch: the same answer."""
+        config = {"one_to_many_ffn": False}
+        with_branch, heads = decoding(one_to_many="internal", **config)
+        without, _ = decoding(one_to_many="none", **config)
+        without.load_state_dict(with_branch.state_dict())
+        pyramid, queries = random_pyramid(SHAPES, VALID_SIZES), random_queries()
+        found, expected = (x(queries, pyramid, heads)[0] for x in (with_branch, without))
+        assert all(map(torch.equal, found, expected))
+
+
+def test_half_precision_tokens_give_float32_boxes():
+    config = tiny_config()
+    decoder, heads = Decoder(config).bfloat16(), DetectionHeads(config, 3).bfloat16()
+    pyramid, queries = random_pyramid(SHAPES, VALID_SIZES), random_queries()
+    half = FeaturePyramid(pyramid.tokens.bfloat16(), SHAPES, pyramid.valid_sizes)
+    queries = queries._replace(
+        content=queries.content.bfloat16(),
+        query_pos=queries.query_pos.bfloat16(),
+        reference=queries.reference.float(),
+    )
+    for branch in decoder(queries, half, heads):
+        assert branch.boxes.dtype == torch.float32
+        assert branch.logits.dtype == torch.bfloat16
+        assert branch.boxes.isfinite().all()

@@ -1,0 +1,83 @@
+"""Prediction heads: how many, which are shared, how they start."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from model.helpers import tiny_config
+from msdetr.model.heads import DetectionHeads
+
+LAYERS = 3
+
+
+def heads_of(**changes) -> DetectionHeads:
+    return DetectionHeads(tiny_config(num_decoder_layers=LAYERS, **changes), num_classes=5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "number"),
+    [
+        ({"box_refine": True, "two_stage": True}, LAYERS + 1),
+        ({"box_refine": True, "two_stage": False}, LAYERS),
+        ({"box_refine": False, "two_stage": True}, 1),
+        ({"box_refine": False, "two_stage": False}, 1),
+    ],
+)
+@pytest.mark.parametrize("one_to_many", ["none", "internal", "output"])
+def test_number_of_heads(changes, number, one_to_many):
+    heads = heads_of(**changes, one_to_many=one_to_many, one_to_many_ffn=False)
+    assert len(heads.class_embed) == len(heads.bbox_embed) == number
+    if one_to_many == "output":
+        own = LAYERS if changes["box_refine"] else 1
+        assert len(heads.one_to_many_class_embed) == own
+    else:
+        assert heads.one_to_many_class_embed is None
+
+
+@pytest.mark.parametrize("refine", [True, False])
+def test_layers_have_their_own_heads_only_with_refinement(refine):
+    heads = heads_of(box_refine=refine)
+    for index, embed in enumerate(heads.class_embed):
+        torch.nn.init.constant_(embed.bias, float(index))
+    x = torch.zeros(2, 32)
+    values = [heads.class_logits(layer, x)[0, 0].item() for layer in range(LAYERS + 1)]
+    assert values == ([0.0, 1.0, 2.0, 3.0] if refine else [0.0] * 4)
+
+
+def test_one_to_many_shares_class_heads_unless_it_is_taken_at_the_output():
+    x = torch.randn(2, 32)
+    internal = heads_of(one_to_many="internal")
+    assert torch.equal(internal.one_to_many_class_logits(1, x), internal.class_logits(1, x))
+    output = heads_of(one_to_many="output", one_to_many_ffn=False)
+    assert torch.equal(output.one_to_many_class_logits(1, x), output.class_logits(1, x))  # at first
+    output.one_to_many_class_embed[1].bias.data.add_(1.0)
+    torch.testing.assert_close(
+        output.one_to_many_class_logits(1, x), output.class_logits(1, x) + 1.0
+    )
+
+
+@pytest.mark.parametrize("two_stage", [True, False])
+@pytest.mark.parametrize("box_refine", [True, False])
+def test_initial_values(two_stage, box_refine):
+    heads = heads_of(
+        two_stage=two_stage, box_refine=box_refine, one_to_many="output", one_to_many_ffn=False
+    )
+    prior = -math.log(99)
+    for embed in (*heads.class_embed, *heads.one_to_many_class_embed):
+        torch.testing.assert_close(embed.bias, torch.full((5,), prior))
+        assert embed.bias.sigmoid()[0].item() == pytest.approx(0.01)
+        assert embed.weight.any()
+    for index, embed in enumerate(heads.bbox_embed):
+        assert not embed.last.weight.any()
+        size = -2.0 if index == 0 and not two_stage else 0.0
+        assert embed.last.bias.tolist() == [0.0, 0.0, size, size]
+        assert embed.layers[0].weight.any()
+
+
+def test_heads_share_no_memory():
+    heads = heads_of(one_to_many="output", one_to_many_ffn=False)
+    pointers = [parameter.data_ptr() for parameter in heads.parameters()]
+    assert len(set(pointers)) == len(pointers)

@@ -1,0 +1,72 @@
+"""An implementation that is asked for runs or is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from assignment.scenes import random_scene
+
+from msdetr.ops import dispatch
+from msdetr.ops.dispatch import resolve_impl
+from msdetr.ops.linear_assignment import linear_assignment
+from msdetr.ops.matching_cost import matching_cost
+from msdetr.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
+from msdetr.ops.one_to_many import one_to_many
+
+
+def call(op: str, impl: str) -> None:
+    """Run one op on small inputs."""
+    value, shapes = torch.zeros(1, 4, 1, 1), ((2, 2),)
+    scene = random_scene((2,))
+    if op == "ms_deform_attn":
+        weights = torch.zeros(1, 1, 1, 1, 1)
+        ms_deform_attn(value, shapes, torch.zeros(1, 1, 1, 1, 1, 2), weights, impl=impl)
+    elif op == "ms_deform_attn_fused":
+        reference = torch.zeros(1, 1, 1, 2)
+        ms_deform_attn_fused(value, shapes, torch.zeros(1, 1, 3), reference, impl=impl)
+    elif op == "linear_assignment":
+        linear_assignment(torch.zeros(1, 3, 2), torch.tensor([2]), impl=impl)
+    elif op == "matching_cost":
+        matching_cost(*scene, cost_class=1.0, cost_bbox=1.0, cost_giou=1.0, impl=impl)
+    else:
+        priority = torch.zeros(1, 12)
+        one_to_many(*scene, priority, k=1, threshold=0.5, positive_fraction=1.0, impl=impl)
+
+
+every_op = pytest.mark.parametrize(
+    "op",
+    [
+        "ms_deform_attn",
+        "ms_deform_attn_fused",
+        "linear_assignment",
+        "matching_cost",
+        "one_to_many",
+    ],
+)
+
+
+@every_op
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_reference_runs(op, impl):
+    call(op, impl)
+
+
+@every_op
+@pytest.mark.parametrize("impl", ["cuda", "", "Reference", None])
+def test_unknown_implementations_are_refused(op, impl):
+    with pytest.raises(ValueError, match=f"impl must be .*{impl!r}"):
+        call(op, impl)
+
+
+@every_op
+def test_a_kernel_that_does_not_exist_is_refused_and_not_replaced(op, monkeypatch):
+    monkeypatch.setattr(dispatch, "_KERNELS", frozenset())
+    with pytest.raises(NotImplementedError, match=f"{op} has no Triton kernel"):
+        call(op, "triton")
+    assert resolve_impl(op, "auto") == "reference"
+
+
+def test_an_explicit_request_is_obeyed(monkeypatch):
+    monkeypatch.setattr(dispatch, "_KERNELS", frozenset({"op"}))
+    assert resolve_impl("op", "triton") == "triton"
+    assert resolve_impl("op", "reference") == "reference"

@@ -1,0 +1,98 @@
+"""Linear assignment against all permutations and against SciPy, problem by problem."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from msdetr.ops.linear_assignment import linear_assignment
+
+
+def least_cost(cost: Tensor) -> float:
+    """Of all ways to give the targets (columns), or as many as there are queries, queries of their
+    own."""
+    queries, targets = cost.shape
+    if targets > queries:
+        return least_cost(cost.T)
+    return min(
+        sum(cost[query, target].item() for target, query in enumerate(chosen))
+        for chosen in permutations(range(queries), targets)
+    )
+
+
+def check(cost: Tensor, count: Tensor) -> None:
+    """The result is an assignment, and has least cost."""
+    query_index, matched = linear_assignment(cost, count)
+    problems, queries, slots = cost.shape
+    assert query_index.shape == matched.shape == (problems, slots)
+    assert query_index.dtype == torch.int64
+    assert matched.dtype == torch.bool
+    assert not query_index[~matched].any()
+    for problem, targets in enumerate(count.tolist()):
+        mine = matched[problem]
+        assert not mine[targets:].any()
+        assert mine.sum() == min(targets, queries)
+        chosen = query_index[problem, mine]
+        assert len(chosen.unique()) == len(chosen)
+        total = cost[problem, chosen, mine.nonzero()[:, 0]].sum().item()
+        assert total == pytest.approx(least_cost(cost[problem, :, :targets]))
+
+
+@pytest.mark.parametrize(
+    ("queries", "slots", "count"),
+    [
+        (5, 3, [3, 2, 0, 1]),
+        (3, 5, [5, 4, 3, 0]),  # more targets than queries
+        (1, 3, [3, 1, 0]),
+        (4, 1, [1, 0]),
+        (6, 6, [6]),
+        (3, 2, [0, 0]),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_least_cost(queries, slots, count, dtype):
+    cost = torch.randn(len(count), queries, slots, dtype=dtype)
+    check(cost, torch.tensor(count))
+
+
+@pytest.mark.parametrize("cost", [torch.zeros(2, 4, 3), torch.randint(2, (8, 4, 3)).float()])
+def test_ties(cost):
+    check(cost, torch.full((len(cost),), 3))
+
+
+@pytest.mark.parametrize(("problems", "queries", "slots"), [(2, 3, 0), (0, 3, 2), (2, 0, 2)])
+def test_nothing_to_assign(problems, queries, slots):
+    count = torch.zeros(problems, dtype=torch.int64) + min(slots, 2)
+    query_index, matched = linear_assignment(torch.zeros(problems, queries, slots), count)
+    assert query_index.shape == matched.shape == (problems, slots)
+    assert not matched.any()
+
+
+def test_empty_slots_do_not_matter():
+    cost, count = torch.rand(3, 6, 5), torch.tensor([5, 2, 0])
+    result = linear_assignment(cost, count)
+    cost[1, :, 2:] = -1e9
+    cost[2] = float("nan")
+    assert all(map(torch.equal, result, linear_assignment(cost, count)))
+
+
+def test_pairs_are_scipy_s():
+    cost, count = torch.rand(4, 50, 20), torch.tensor([20, 13, 1, 0])
+    query_index, matched = linear_assignment(cost, count)
+    for problem, targets in enumerate(count.tolist()):
+        rows, columns = linear_sum_assignment(cost[problem, :, :targets].numpy())
+        found = [(query_index[problem, target].item(), target) for target in range(targets)]
+        assert sorted(found) == sorted(zip(rows.tolist(), columns.tolist(), strict=True))
+        assert matched[problem].sum() == targets
+
+
+def test_costs_may_require_gradients_and_be_strided():
+    cost, count = torch.rand(5, 3, 4), torch.tensor([3, 3, 2, 1])
+    strided = cost.permute(2, 0, 1).requires_grad_()
+    expected = linear_assignment(strided.detach().contiguous(), count)
+    assert all(map(torch.equal, linear_assignment(strided, count), expected))
+    assert torch.equal(strided.detach(), cost.permute(2, 0, 1))
