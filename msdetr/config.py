@@ -291,7 +291,8 @@ class TrainConfig:
     epochs: int = 12
     """Passes over the training images."""
     max_steps: int | None = None
-    """Stop after this many optimizer steps, whatever `epochs` says."""
+    """Stop after this many optimizer steps if `epochs` are not done before; the learning rate
+    schedule stays that of `epochs`."""
     batch_size: int = 16
     """Images per optimizer step, over all processes; divisible by their number."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -365,6 +366,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
         if self.resume is not None and self.weights is not None:
             raise ValueError("resume continues a run, weights starts a new one: give one of them")
 

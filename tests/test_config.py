@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,7 @@ def test_fields_are_documented_keyword_only_and_frozen(cls):
     body = ast.parse(inspect.getsource(cls)).body[0].body
     documented = {
         statement.target.id
-        for statement, following in zip(body, body[1:], strict=False)
+        for statement, following in pairwise(body)
         if isinstance(statement, ast.AnnAssign)
         and isinstance(following, ast.Expr)
         and isinstance(following.value, ast.Constant)

@@ -46,7 +46,7 @@ HEIGHT = {part: height for height, parts in enumerate(LAYERS) for part in parts}
 
 def part_of(module: str) -> str:
     """`msdetr.ops.dispatch` -> `ops`; the package itself is ''."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def imported_modules(source: str, module: str, *, is_package: bool) -> Iterator[str]:

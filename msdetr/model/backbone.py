@@ -147,7 +147,7 @@ def load_backbone_weights(backbone: nn.Module, config: ModelConfig) -> None:
 
     Raises:
         ValueError: the name is unknown, or the file is missing or does not fit.
-        RuntimeError: the download failed; the message names the other choices.
+        ConnectionError: the download failed; the message names the other choices.
     """
     source = config.backbone_weights
     if source == "none":
@@ -185,7 +185,7 @@ def _download(weights: torchvision.models.WeightsEnum, name: str) -> dict[str, T
     try:
         return cast(dict[str, Tensor], weights.get_state_dict(progress=False, check_hash=True))
     except (urllib.error.URLError, OSError) as error:
-        raise RuntimeError(
+        raise ConnectionError(
             f"could not download backbone weights {name} from {weights.url} ({error}). "
             "Without a network, set model.backbone_weights to the path of a downloaded file, "
             "or to none to start from random weights"

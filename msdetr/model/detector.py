@@ -109,7 +109,7 @@ def build_detector(config: ModelConfig, *, initialize_backbone: bool = True) -> 
             checkpoint is loaded next.
 
     Raises:
-        ValueError, RuntimeError: see `msdetr.model.backbone.load_backbone_weights`.
+        ValueError, ConnectionError: see `msdetr.model.backbone.load_backbone_weights`.
     """
     detector = Detector(config)
     if initialize_backbone:

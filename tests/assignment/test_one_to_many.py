@@ -100,7 +100,9 @@ def test_empty_slots_do_not_matter(config, value):
     scene = crowded_scene()
     garbage = scene._replace(targets=with_garbage_padding(scene.targets, 3, value))
     options = {"priority": torch.rand(2, 3, 16), "one_to_one": matched(scene)}
-    assert all(map(torch.equal, assign(scene, config, **options), assign(garbage, config, **options)))
+    assert all(
+        map(torch.equal, assign(scene, config, **options), assign(garbage, config, **options))
+    )
 
 
 def test_no_targets():

@@ -48,8 +48,7 @@ def leaves(output: DetectorOutput) -> list[Tensor]:
 def copied(output: DetectorOutput) -> DetectorOutput:
     """The same predictions as new leaves."""
     branches = [
-        branch
-        and Predictions(*(tensor.detach().clone().requires_grad_() for tensor in branch))
+        branch and Predictions(*(tensor.detach().clone().requires_grad_() for tensor in branch))
         for branch in output[:3]
     ]
     return DetectorOutput(*branches, output.anchors)
@@ -249,9 +248,7 @@ def test_half_precision_logits_with_float32_boxes_train():
 class TestEncoder:
     def terms(self, output: DetectorOutput, targets: Targets, **assignment) -> dict[str, Tensor]:
         losses = losses_of(output, targets, replace(KEEP_ALL, **assignment))
-        return {
-            name: values for name, values in losses.terms.items() if name.startswith("encoder")
-        }
+        return {name: values for name, values in losses.terms.items() if name.startswith("encoder")}
 
     def test_targets_have_one_class(self):
         output, targets = random_output()

@@ -34,9 +34,7 @@ def tiny_config(**changes: object) -> ModelConfig:
 def image_batch(*sizes: tuple[int, int], padded: tuple[int, int] = (64, 64)) -> ImageBatch:
     """Random uint8 images of the given (height, width), padding 0."""
     sizes = sizes or ((64, 64), (40, 52))
-    batch = ImageBatch(
-        torch.zeros(len(sizes), 3, *padded, dtype=torch.uint8), torch.tensor(sizes)
-    )
+    batch = ImageBatch(torch.zeros(len(sizes), 3, *padded, dtype=torch.uint8), torch.tensor(sizes))
     for image, (height, width) in enumerate(sizes):
         batch.pixels[image, :, :height, :width] = torch.randint(256, (3, height, width))
     return batch

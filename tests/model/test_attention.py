@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from model.helpers import crop_tokens, cropped, random_pyramid, randomize
 from torch import nn
 
-from model.helpers import crop_tokens, cropped, random_pyramid, randomize
 from msdetr.model.attention import MSDeformAttn, SelfAttention
 from msdetr.ops.ms_deform_attn import padding_mask
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from model.helpers import cropped, random_pyramid, randomize, tiny_config
 from torch import Tensor, nn
 
-from model.helpers import cropped, random_pyramid, randomize, tiny_config
 from msdetr.model.decoder import Decoder, DecoderLayer
 from msdetr.model.heads import DetectionHeads
 from msdetr.model.query_selection import Queries
@@ -72,9 +72,7 @@ class TestLayer:
 
     @pytest.mark.parametrize("one_to_many", ["none", "output"])
     def test_otherwise_it_reads_the_output(self, one_to_many):
-        (output, many), order = self.run(
-            self.layer(one_to_many=one_to_many, one_to_many_ffn=False)
-        )
+        (output, many), order = self.run(self.layer(one_to_many=one_to_many, one_to_many_ffn=False))
         assert many is output
         assert order == ["cross_attn", "self_attn", "ffn"]
 
@@ -135,9 +133,7 @@ def test_with_refinement_every_layer_starts_from_the_one_before(look_forward_twi
         torch.testing.assert_close(boxes[layer], expected)
 
 
-def heads_reached(
-    heads: DetectionHeads, predictions: Predictions, kind: str
-) -> list[list[int]]:
+def heads_reached(heads: DetectionHeads, predictions: Predictions, kind: str) -> list[list[int]]:
     """For the boxes of each layer: the layers whose head (`kind`) their loss trains."""
     embeds = getattr(heads, kind)
     reached = []
@@ -190,7 +186,9 @@ class TestOneToMany:
 
     @pytest.mark.parametrize("one_to_many", ["internal", "output"])
     def test_evaluation_has_none(self, one_to_many):
-        assert self.decode(training=False, one_to_many=one_to_many, one_to_many_ffn=False)[1] is None
+        assert (
+            self.decode(training=False, one_to_many=one_to_many, one_to_many_ffn=False)[1] is None
+        )
 
     def test_at_the_output_it_shares_boxes_and_has_classes_of_its_own(self):
         one, many = self.decode(one_to_many="output", one_to_many_ffn=False)

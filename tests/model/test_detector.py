@@ -7,9 +7,9 @@ from itertools import product
 import pytest
 import torch
 import torchvision.transforms.v2.functional as transforms
+from model.helpers import NUM_CLASSES, image_batch, randomize, tiny_config
 from torch import Tensor, nn
 
-from model.helpers import NUM_CLASSES, image_batch, randomize, tiny_config
 from msdetr.config import ModelConfig
 from msdetr.model.detector import Detector, build_detector
 from msdetr.structures import DetectorOutput, ImageBatch
@@ -159,9 +159,7 @@ def test_images_of_a_batch_are_independent():
         for image in range(2):
             alone = detector(ImageBatch(*(field[image : image + 1] for field in images)))
             for found, expected in zip(alone.one_to_one, together, strict=True):
-                torch.testing.assert_close(
-                    found[:, 0], expected[:, image], rtol=1e-4, atol=1e-5
-                )
+                torch.testing.assert_close(found[:, 0], expected[:, image], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("one_to_many_ffn", [True, False])

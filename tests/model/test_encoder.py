@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from model.helpers import crop_tokens, cropped, random_pyramid, randomize, tiny_config
+
 from msdetr.model.encoder import Encoder
 from msdetr.ops.ms_deform_attn import padding_mask
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-
 from model.helpers import crop_tokens
+
 from msdetr.model.geometry import cell_centers, level_valid_ratios, level_valid_sizes
 
 SHAPES = ((8, 12), (4, 6), (2, 3), (1, 2))
@@ -56,7 +56,9 @@ def test_cell_centers_do_not_see_padding():
 
 
 def test_centers_times_ratios_are_fractions_of_the_padded_map():
-    valid_sizes = torch.tensor([[[3, 5], [2, 3], [1, 2], [1, 1]], [[8, 12], [4, 6], [2, 3], [1, 2]]])
+    valid_sizes = torch.tensor(
+        [[[3, 5], [2, 3], [1, 2], [1, 1]], [[8, 12], [4, 6], [2, 3], [1, 2]]]
+    )
     centers, ratios = cell_centers(SHAPES, valid_sizes), level_valid_ratios(SHAPES, valid_sizes)
     start = 0
     for level, (height, width) in enumerate(SHAPES):

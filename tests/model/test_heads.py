@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-
 from model.helpers import tiny_config
+
 from msdetr.model.heads import DetectionHeads
 
 LAYERS = 3

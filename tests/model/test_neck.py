@@ -32,7 +32,8 @@ def test_strides(num_levels, strides, size):
 def test_first_extra_level_reads_the_backbone_and_the_next_the_level_before():
     neck = Neck((4, 6, 8), 32, 5)
     features = [
-        torch.randn(1, width, side, side) for width, side in zip((4, 6, 8), (32, 16, 8), strict=True)
+        torch.randn(1, width, side, side)
+        for width, side in zip((4, 6, 8), (32, 16, 8), strict=True)
     ]
     levels = neck(features)
     for index in range(3):

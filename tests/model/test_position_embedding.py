@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-
 from model.helpers import crop_tokens
+
 from msdetr.model.position_embedding import (
     LearnedPositionEmbedding,
     SinePositionEmbedding,

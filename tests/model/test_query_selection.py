@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from model.helpers import crop_tokens, cropped, random_pyramid, randomize, tiny_config
 from torch import Tensor
 
-from model.helpers import crop_tokens, cropped, random_pyramid, randomize, tiny_config
 from msdetr.model.heads import DetectionHeads
 from msdetr.model.query_selection import EmbeddedQueries, ProposalQueries, proposal_anchors
 from msdetr.ops.ms_deform_attn import padding_mask

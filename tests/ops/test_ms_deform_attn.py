@@ -38,9 +38,7 @@ def loop_attention(
                         if 0 <= row < height and 0 <= column < width:
                             share = (1 - abs(x - column)) * (1 - abs(y - row))
                             token = start + row * width + column
-                            output[image, query, head] += (
-                                weight * share * value[image, token, head]
-                            )
+                            output[image, query, head] += weight * share * value[image, token, head]
             start += height * width
     return output.flatten(2)
 
@@ -329,10 +327,10 @@ class TestFused:
         expected = ms_deform_attn_fused(value, SHAPES, projection, reference, VALID_SIZES)
         value = value.transpose(1, 2).contiguous().transpose(1, 2)
         projection = torch.cat((projection, projection), dim=-1)[..., : projection.shape[-1]]
-        reference = reference[:, :1].expand_as(reference).contiguous().copy_(reference)
         reference = reference.transpose(0, 1).contiguous().transpose(0, 1)
         valid_sizes = VALID_SIZES.flip(-1).contiguous().flip(-1)
-        assert not (value.is_contiguous() or projection.is_contiguous())
+        assert not value.is_contiguous()
+        assert not projection.is_contiguous()
         found = ms_deform_attn_fused(value, SHAPES, projection, reference, valid_sizes)
         assert torch.equal(found, expected)
 
@@ -359,7 +357,8 @@ class TestFused:
             projection[0, 1, :num_offsets] = bad
         else:
             reference[0, 1] = bad
-        inputs = [x.requires_grad_() for x in (value, projection, reference)]
+        for x in (value, projection, reference):
+            x.requires_grad_()
         output = ms_deform_attn_fused(value, SHAPES, projection, reference)
         assert not output[0, 1].any()
         assert output.isfinite().all()
