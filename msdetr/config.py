@@ -76,14 +76,11 @@ class ModelConfig:
             "num_heads",
             "num_encoder_points",
             "num_decoder_points",
+            "num_encoder_layers",
             "num_decoder_layers",
             "feedforward_dim",
             "num_queries",
         )
-        if self.num_encoder_layers < 0:
-            raise ValueError(
-                f"num_encoder_layers must be at least 0, got {self.num_encoder_layers}"
-            )
         if self.num_classes is not None and self.num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {self.num_classes}")
         if not 1 <= self.num_levels <= 5:
@@ -145,9 +142,15 @@ class AssignmentConfig:
             raise ValueError(f"one_to_many_k must be at least 1, got {self.one_to_many_k}")
         if not 0.0 <= self.positive_fraction <= 1.0:
             raise ValueError(f"positive_fraction must be in [0, 1], got {self.positive_fraction}")
-        costs = (self.cost_class, self.cost_bbox, self.cost_giou, self.encoder_cost_class)
-        if min(costs) < 0:
-            raise ValueError(f"matching costs must not be negative, got {costs}")
+        _require_not_negative(
+            self,
+            "cost_class",
+            "cost_bbox",
+            "cost_giou",
+            "encoder_cost_class",
+            "one_to_many_cost_box",
+            "one_to_many_cost_class",
+        )
         if self.cost_bbox == 0 and self.cost_giou == 0:
             raise ValueError("cost_bbox and cost_giou are both 0: boxes would not matter")
 
@@ -183,6 +186,8 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        weights = [field.name for field in dataclasses.fields(self) if "weight" in field.name]
+        _require_not_negative(self, *weights, "focal_gamma")
         if not 0.0 <= self.focal_alpha <= 1.0:
             raise ValueError(f"focal_alpha must be in [0, 1], got {self.focal_alpha}")
 
@@ -275,9 +280,9 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name in ("lr", "backbone_lr", "weight_decay", "clip_grad_norm", "reference_lr_factor"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        _require_not_negative(
+            self, "lr", "backbone_lr", "weight_decay", "clip_grad_norm", "reference_lr_factor"
+        )
         if self.lr_drop_epoch < 1:
             raise ValueError(f"lr_drop_epoch must be at least 1, got {self.lr_drop_epoch}")
         if self.warmup_steps < 0:
@@ -398,6 +403,15 @@ def _require_positive(config: Any, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+
+
+def _require_not_negative(config: Any, *names: str) -> None:
+    for name in names:
+        # Written so that NaN is refused too.
+        if not 0.0 <= getattr(config, name) < float("inf"):
+            raise ValueError(
+                f"{name} must be a finite number of at least 0, got {getattr(config, name)}"
+            )
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:

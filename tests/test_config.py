@@ -171,7 +171,7 @@ REFUSED = [
     (AssignmentConfig, {"positive_fraction": 1.5}, "positive_fraction must be in"),
     (AssignmentConfig, {"positive_fraction": -0.1}, "positive_fraction must be in"),
     *[
-        (AssignmentConfig, {name: -1.0}, "costs must not be negative")
+        (AssignmentConfig, {name: -1.0}, f"{name} must be a finite number of at least 0")
         for name in ("cost_class", "cost_bbox", "cost_giou", "encoder_cost_class")
     ],
     (AssignmentConfig, {"cost_bbox": 0.0, "cost_giou": 0.0}, "boxes would not matter"),
@@ -191,7 +191,7 @@ REFUSED = [
     (DataConfig, {"crop_min_size": 700}, r"crop_min_size \(700\) exceeds crop_max_size \(600\)"),
     (DataConfig, {"num_workers": -1}, "num_workers must not be negative"),
     *[
-        (OptimizerConfig, {name: -1.0}, f"{name} must not be negative, got -1.0")
+        (OptimizerConfig, {name: -1.0}, f"{name} must be a finite number of at least 0, got -1.0")
         for name in ("lr", "backbone_lr", "weight_decay", "clip_grad_norm", "reference_lr_factor")
     ],
     (OptimizerConfig, {"lr_drop_epoch": 0}, "lr_drop_epoch must be at least 1"),

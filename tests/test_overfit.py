@@ -18,7 +18,7 @@ def _first_images(annotations: dict[str, Any], repeats: int) -> dict[str, Any]:
     """The first images of an annotation file, each listed `repeats` times under new ids."""
     images = sorted(annotations["images"], key=lambda image: image["id"])[:NUM_IMAGES]
     subset: dict[str, Any] = {"images": [], "annotations": []}
-    for repeat in range(repeats):
+    for _ in range(repeats):
         for image in images:
             image_id = len(subset["images"]) + 1
             subset["images"].append(image | {"id": image_id})

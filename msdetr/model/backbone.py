@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
+import pickle
 import urllib.error
 from pathlib import Path
 from typing import cast
@@ -82,15 +83,16 @@ def _conv_norm(x: Tensor, conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> Tensor:
 class ConvNetBackbone(nn.Module):
     """A few residual convolutions with GroupNorm, trained from scratch, for small images."""
 
-    widths = (32, 48, 96, 128, 160)
+    widths = (24, 48, 96, 128, 160)
     """Channels at strides 2, 4, 8, 16, 32."""
 
     def __init__(self) -> None:
         super().__init__()
-        stages: list[nn.Module] = []
-        previous = 3
-        for width in self.widths:
-            stages.append(_ConvNetStage(previous, width))
+        stem, *widths = self.widths
+        stages: list[nn.Module] = [_Downsample(3, stem)]
+        previous = stem
+        for width in widths:
+            stages.append(nn.Sequential(_Downsample(previous, width), _Residual(width)))
             previous = width
         self.stages = nn.ModuleList(stages)
         self.channels = self.widths[2:]
@@ -106,22 +108,42 @@ class ConvNetBackbone(nn.Module):
         return features[2:]
 
 
-class _ConvNetStage(nn.Module):
-    def __init__(self, in_channels: int, channels: int) -> None:
+class _ConvNorm(nn.Module):
+    """3x3 convolution and GroupNorm."""
+
+    def __init__(self, in_channels: int, channels: int, *, stride: int = 1) -> None:
         super().__init__()
-        self.down = nn.Conv2d(in_channels, channels, 3, stride=2, padding=1, bias=False)
-        self.down_norm = group_norm(channels)
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm1 = group_norm(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm2 = group_norm(channels)
-        for conv in (self.down, self.conv1, self.conv2):
-            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+        self.conv = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
+        self.norm = nn.GroupNorm(8, channels)
+        nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.down_norm(self.down(x)).relu()
-        update = self.norm1(self.conv1(x)).relu()
-        output: Tensor = (x + self.norm2(self.conv2(update))).relu()
+        output: Tensor = self.norm(self.conv(x))
+        return output
+
+
+class _Downsample(nn.Module):
+    """Halves height and width."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.down = _ConvNorm(in_channels, channels, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.down(x).relu_()
+        return output
+
+
+class _Residual(nn.Module):
+    """Two convolutions that add to their input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = _ConvNorm(channels, channels)
+        self.second = _ConvNorm(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = (x + self.second(self.first(x).relu_())).relu_()
         return output
 
 
@@ -162,13 +184,18 @@ def load_backbone_weights(backbone: nn.Module, config: ModelConfig) -> None:
     if source in enum.__members__:
         state_dict = _download(enum[source], source)
     elif Path(source).is_file():
-        state_dict = torch.load(source, map_location="cpu", weights_only=True)
+        state_dict = _read_file(source)
     else:
         raise ValueError(
             f"backbone_weights {source!r} is neither a file nor one of "
             f"{', '.join(enum.__members__)}, none"
         )
-    missing, unexpected = backbone.load_state_dict(state_dict, strict=False)
+    try:
+        missing, unexpected = backbone.load_state_dict(state_dict, strict=False)
+    except RuntimeError as error:  # shapes
+        raise ValueError(
+            f"backbone_weights {source!r} do not fit {config.backbone}: {error}"
+        ) from error
     # The classifier of ImageNet has no place here, nor have the counters of live BatchNorm.
     unexpected = [
         key for key in unexpected if not key.startswith("fc.") and "num_batches_tracked" not in key
@@ -179,6 +206,20 @@ def load_backbone_weights(backbone: nn.Module, config: ModelConfig) -> None:
             f"missing {missing[:5]}, unexpected {unexpected[:5]}"
         )
     logger.info("backbone %s starts from %s", config.backbone, source)
+
+
+def _read_file(path: str) -> dict[str, Tensor]:
+    try:
+        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"backbone_weights {path!r} is not a file of weights that torch.save wrote: {error}"
+        ) from error
+    if not isinstance(state_dict, dict):
+        raise ValueError(
+            f"backbone_weights {path!r} holds a {type(state_dict).__name__}, not a state dict"
+        )
+    return state_dict
 
 
 def _download(weights: torchvision.models.WeightsEnum, name: str) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., input_dim] to [..., output_dim]."""
         for layer in self.layers[:-1]:
-            x = layer(x).relu()
+            x = layer(x).relu_()
         output: Tensor = self.last(x)
         return output
 
@@ -47,7 +47,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_dim], same shape out."""
-        update = self.linear2(self.inner_dropout(self.linear1(x).relu()))
+        update = self.linear2(self.inner_dropout(self.linear1(x).relu_()))
         output: Tensor = self.norm(x + self.dropout(update))
         return output
 

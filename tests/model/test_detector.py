@@ -92,17 +92,6 @@ def test_variants(config):
         torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("position_embedding", ["sine", "learned"])
-@pytest.mark.parametrize("two_stage", [True, False])
-def test_a_model_without_encoder_layers_trains(position_embedding, two_stage):
-    config = tiny_config(
-        num_encoder_layers=0, position_embedding=position_embedding, two_stage=two_stage
-    )
-    detector = Detector(config)
-    loss_of(detector(image_batch())).backward()
-    assert not parameters_without_gradient(detector)
-
-
 @pytest.mark.parametrize("backbone", ["convnet", "resnet50"])
 def test_a_frozen_backbone_gets_no_gradient(backbone):
     detector = Detector(tiny_config(backbone=backbone, train_backbone=False))

@@ -67,9 +67,3 @@ def test_position_codes_enter_the_query_and_not_the_value(encoder):
         layer.self_attn.sampling_offsets.weight.data.zero_()
         layer.self_attn.attention_weights.weight.data.zero_()
     assert torch.equal(encoder(pyramid, pos).tokens, encoder(pyramid, nowhere).tokens)
-
-
-def test_no_layers_pass_the_tokens_on():
-    pyramid = random_pyramid(SHAPES, VALID_SIZES)
-    output = Encoder(tiny_config(num_encoder_layers=0))(pyramid, torch.randn_like(pyramid.tokens))
-    assert output.tokens is pyramid.tokens

@@ -79,6 +79,13 @@ def test_learned_embedding_stretches_to_maps_beyond_its_table(shape):
     assert grad[: min(width, 50)].any(-1).all()
 
 
+def test_stretching_is_linear():
+    embedding = LearnedPositionEmbedding(hidden_dim=4)
+    embedding.col_embed.weight.data = torch.arange(50.0)[:, None].expand(-1, 2).contiguous()
+    (code,) = embedding(((1, 99),), torch.tensor([[[1, 99]]]))
+    torch.testing.assert_close(code[0, :, 0], torch.linspace(0, 49, 99))
+
+
 def test_proposal_code():
     boxes = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
     code = proposal_position_code(boxes, 6)

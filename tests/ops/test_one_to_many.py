@@ -197,6 +197,20 @@ def test_a_target_takes_its_best_queries_and_not_those_that_were_kept():
     assert pairs.score[0, 0, 1, 1] == -math.inf
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_score_at_the_threshold_is_positive(dtype):
+    box = torch.tensor([0.5, 0.5, 0.25, 0.25], dtype=dtype)
+    targets = padded_targets([torch.tensor([0])], [box[None]], slots=2)
+    scene = torch.zeros(1, 1, 3, 1, dtype=dtype), box.expand(1, 1, 3, 4), targets
+    options = {"k": 3, "positive_fraction": 1.0}
+    at = one_to_many(*scene, torch.zeros(1, 3), threshold=-1.0, **options).score[0, 0, 0, 0]
+    assert at.item() == pytest.approx(0.7 + 0.3 / 2)
+    above = at.nextafter(torch.tensor(2.0, dtype=dtype))
+    for threshold, expected in ((at, [0, 1, 2]), (above, [0])):
+        pairs = one_to_many(*scene, torch.zeros(1, 3), threshold=threshold.item(), **options)
+        assert found_queries(pairs, targets) == [[[expected]]]
+
+
 def test_the_lowest_priorities_are_kept():
     scene = hand_made([[0.9, 0.8, 0.7, 0.6, 0.1, 0.1, 0.1, 0.1]])
     options = {"k": 6, "threshold": 0.3 * 0.5}
