@@ -55,12 +55,9 @@ _TINY = RunConfig(
         backbone="convnet",
         backbone_weights="none",
         hidden_dim=128,
-        num_heads=8,
         num_levels=3,
         num_encoder_layers=1,
         num_decoder_layers=3,
-        num_encoder_points=4,
-        num_decoder_points=4,
         feedforward_dim=256,
         dropout=0.0,
         num_queries=40,
@@ -75,10 +72,16 @@ _TINY = RunConfig(
         pad_multiple=32,
         num_workers=2,
     ),
+    # Few steps from scratch: every parameter learns fast, and all of the way down to 0.
     optimizer=OptimizerConfig(
-        lr=1e-3, backbone_lr=1e-3, schedule="cosine", warmup_steps=50, clip_grad_norm=1.0
+        lr=7e-4,
+        backbone_lr=7e-4,
+        reference_lr_factor=1.0,
+        schedule="cosine",
+        warmup_steps=50,
+        clip_grad_norm=1.0,
     ),
-    train=TrainConfig(epochs=12, batch_size=16, log_every=20, eval_every=4),
+    train=TrainConfig(epochs=6, batch_size=8, log_every=50, eval_every=2),
     eval=EvalConfig(batch_size=32),
 )
 

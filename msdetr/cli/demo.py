@@ -25,9 +25,9 @@ class DemoOptions:
 
     output: Path = Path("demo")
     """Folder of the data set (`data`), the run (`run`, replaced) and the drawing."""
-    num_train: int = 2000
+    num_train: int = 2400
     """Training images to generate."""
-    num_val: int = 250
+    num_val: int = 240
     """Validation images to generate."""
     image_size: int = 128
     """Side of the images in pixels."""

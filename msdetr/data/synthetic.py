@@ -23,8 +23,8 @@ CLASS_NAMES = ("circle", "square", "triangle", "star")
 
 _MARKER = "synthetic.json"
 _VERSION = 1  # raised when the same parameters give other files
-_SIZES = (14, 60)  # least and largest extent of a shape before rotation, in pixels
-_MAX_SHAPES = 6
+_SIZES = (18, 60)  # least and largest extent of a shape before rotation, in pixels
+_MAX_SHAPES = 5
 _MIN_VISIBLE = 0.65  # share of a shape that later shapes must leave uncovered
 _MIN_CONTRAST = 90.0  # distance in RGB between a shape and what is behind it
 _SUPERSAMPLING = 4
