@@ -81,7 +81,7 @@ _TINY = RunConfig(
         warmup_steps=50,
         clip_grad_norm=1.0,
     ),
-    train=TrainConfig(epochs=6, batch_size=8, log_every=50, eval_every=2),
+    train=TrainConfig(epochs=4, batch_size=8, log_every=50, eval_every=2),
     eval=EvalConfig(batch_size=32),
 )
 
