@@ -7,7 +7,12 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from msdetr.cli.options import configure_logging, parse_preset, user_errors
+from msdetr.cli.options import (
+    configure_logging,
+    let_waiting_threads_sleep,
+    parse_preset,
+    user_errors,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +23,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "msdetr train") 
     Options and files that are wrong end the process with status 2.
     """
     config = parse_preset(sys.argv[1:] if arguments is None else arguments, prog=prog)
+    let_waiting_threads_sleep()
     # torch takes seconds to import: mistyped options and --help need not wait for it.
     from msdetr.engine.distributed import worker_from_environment
     from msdetr.engine.finite import NonFiniteError
