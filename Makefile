@@ -5,8 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-# Waiting OpenMP threads sleep: spinning, they slow the processes that share their cores.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Waiting OpenMP threads soon sleep: spinning, they slow the processes that share their cores.
+export GOMP_SPINCOUNT ?= 1000
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format clean

@@ -17,10 +17,10 @@ from benchmarks.bench_train_step import (
     Options,
     check_same_losses,
     main,
-    published_flags,
     random_batch,
 )
 from benchmarks.common import PhaseTimer
+from benchmarks.published_code import published_flags
 from msdetr.config import config_to_dict
 from msdetr.presets import PRESETS
 from msdetr.published import config_from_published_args

@@ -70,12 +70,13 @@ def parse_preset(arguments: Sequence[str], *, prog: str) -> RunConfig:
 
 
 def let_waiting_threads_sleep() -> None:
-    """Make OpenMP threads sleep while they wait, unless the user says otherwise.
+    """Make threads of torch's OpenMP sleep soon while they wait, unless the user says otherwise.
 
-    By default they spin, and a CPU run that shares its cores with anything else (its own loader
-    processes, say) slows down by a factor of ten. Only has an effect before torch is imported.
+    By default they spin for long, and a CPU run that shares its cores with anything else slows
+    down several times over. Only has an effect before torch is imported.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def option_value(arguments: Sequence[str], name: str) -> str | None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.published_code import by_published_name
 from msdetr.structures import ImageBatch, Targets
 
 
@@ -80,6 +81,11 @@ class GoldenCase:
             name: _weight(_canonical(name, refined), shape)
             for name, shape in self.info["state_dict"].items()
         }
+
+
+def published_values(terms: dict[str, Tensor]) -> dict[str, float]:
+    """Loss terms under their published names: `loss_ce_0`, ..., `loss_ce`, `loss_ce_0_o2m`, ..."""
+    return {name: value.item() for name, value in by_published_name(terms).items()}
 
 
 def find_cases(folder: Path, prefixes: tuple[str, ...]) -> list[GoldenCase]:

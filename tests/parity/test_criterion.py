@@ -8,8 +8,7 @@ import torch
 from msdetr.config import AssignmentConfig, LossConfig
 from msdetr.losses.criterion import Criterion
 from msdetr.structures import DetectorOutput, Predictions
-from parity.golden import GoldenCase
-from parity.published_losses import by_published_name
+from parity.golden import GoldenCase, published_values
 
 
 def _predictions(case: GoldenCase, prefix: str) -> Predictions:
@@ -43,7 +42,7 @@ def test_losses_and_gradients(case: GoldenCase, impl: str) -> None:
     output = DetectorOutput(one_to_one, one_to_many, encoder, case.tensor("enc.anchors"))
     losses = criterion(output, case.targets(), priority=case.tensor("priority"))
 
-    found = by_published_name(losses)
+    found = published_values(losses.terms)
     expected = {name: value for name, value in info["losses"].items() if name in found}
     assert len(expected) == 3 * (2 * len(one_to_one.logits) + 1)
     assert found == pytest.approx(expected, rel=1e-9)

@@ -17,8 +17,7 @@ from msdetr.model.checkpoint_adapter import load_state, published_name, publishe
 from msdetr.model.detector import Detector
 from msdetr.published import config_from_published_args
 from msdetr.structures import DetectorOutput, Predictions
-from parity.golden import GoldenCase
-from parity.published_losses import by_published_name
+from parity.golden import GoldenCase, published_values
 
 MODELS = pytest.mark.golden("ms_detr", "ddetr", "impl_a")
 RELATIVE = 1e-5
@@ -132,7 +131,7 @@ def test_evaluation_mode(case: GoldenCase, step: Step) -> None:
 
 @MODELS
 def test_losses(case: GoldenCase, step: Step) -> None:
-    found = by_published_name(step.losses)
+    found = published_values(step.losses.terms)
     expected = {
         name: value
         for name, value in case.info["losses"].items()
