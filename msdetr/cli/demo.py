@@ -25,7 +25,7 @@ class DemoOptions:
 
     output: Path = Path("demo")
     """Folder of the data set (`data`), the run (`run`, replaced) and the drawing."""
-    num_train: int = 2400
+    num_train: int = 2000
     """Training images to generate."""
     num_val: int = 240
     """Validation images to generate."""

@@ -1,7 +1,7 @@
 """A small detection set from nothing: coloured shapes on cluttered backgrounds, in COCO layout.
 
 It is for trying the whole path from files to mAP within minutes, on a machine without data. The
-shapes differ in form only (colour, size and rotation say nothing about the class), overlap a
+shapes differ in form only (colour and size say nothing about the class), are tilted and overlap a
 little, and stand among lines and dots that belong to no class.
 """
 
@@ -23,10 +23,11 @@ CLASS_NAMES = ("circle", "square", "triangle", "star")
 
 _MARKER = "synthetic.json"
 _VERSION = 1  # raised when the same parameters give other files
-_SIZES = (18, 60)  # least and largest extent of a shape before rotation, in pixels
+_SIZES = (20, 60)  # least and largest extent of a shape before rotation, in pixels
 _MAX_SHAPES = 5
 _MIN_VISIBLE = 0.65  # share of a shape that later shapes must leave uncovered
 _MIN_CONTRAST = 90.0  # distance in RGB between a shape and what is behind it
+_MAX_TILT = math.radians(20)
 _SUPERSAMPLING = 4
 _PLACEMENT_ATTEMPTS = 20
 
@@ -164,10 +165,10 @@ def _draw_background(size: int, rng: np.random.Generator) -> Pixels:
 
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(image)
-    for _ in range(rng.integers(0, 8, endpoint=True)):
+    for _ in range(rng.integers(0, 6, endpoint=True)):
         line = tuple(rng.integers(0, size, 4).tolist())
         draw.line(line, fill=_random_color(rng), width=int(rng.integers(1, 2, endpoint=True)))
-    for _ in range(rng.integers(0, 25, endpoint=True)):
+    for _ in range(rng.integers(0, 15, endpoint=True)):
         x, y = rng.integers(0, size, 2).tolist()
         radius = int(rng.integers(1, 3, endpoint=True))
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=_random_color(rng))
@@ -180,7 +181,7 @@ def _draw_shape(size: int, rng: np.random.Generator) -> tuple[int, Pixels]:
     # Uniform in the logarithm: small shapes are as frequent as large ones.
     low, high = _SIZES
     extent = math.exp(rng.uniform(math.log(low), math.log(high)))
-    outline = _outline(CLASS_NAMES[label], rng.uniform(0, 2 * math.pi))
+    outline = _outline(CLASS_NAMES[label], rng.uniform(-_MAX_TILT, _MAX_TILT))
     outline *= extent / np.ptp(outline, axis=0).max()
     # The outline's bounding box lies inside the image, at any place.
     low_corner, high_corner = outline.min(axis=0), outline.max(axis=0)
@@ -198,10 +199,12 @@ def _draw_shape(size: int, rng: np.random.Generator) -> tuple[int, Pixels]:
     return label, coverage
 
 
-def _outline(name: str, rotation: float) -> NDArray[np.float64]:
-    """Corners (x, y) of a shape around the origin, [n, 2]."""
+def _outline(name: str, tilt: float) -> NDArray[np.float64]:
+    """Corners of a shape, upright but for `tilt` in radians."""
     num_corners = {"circle": 48, "square": 4, "triangle": 3, "star": 10}[name]
-    angle = rotation + np.arange(num_corners) * (2 * math.pi / num_corners)
+    # The first corner points up, a square lies on its side.
+    first = -math.pi / 2 + (math.pi / 4 if name == "square" else 0.0)
+    angle = first + tilt + np.arange(num_corners) * (2 * math.pi / num_corners)
     radius = np.ones(num_corners)
     if name == "star":
         radius[1::2] = 0.42
