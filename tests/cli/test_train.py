@@ -114,16 +114,24 @@ def test_two_processes(shapes: Path, tmp_path: Path) -> None:
     assert [json.loads(line)["kind"] for line in lines] == ["train", "train", "eval"]
 
     options = ["--checkpoint", str(output / "weights.safetensors"), "--data.root", str(shapes)]
-    options += ["--eval.batch-size", "1"]  # In other batches the last digits differ.
+    options += ["--eval.batch-size", "1"]  # The same batches in both.
     text = torchrun("evaluate.py", *options, "--output", str(tmp_path / "two"))
     assert text.count("Average Precision") == 6
     assert evaluate.main([*options, "--output", str(tmp_path / "one")]) == 0
     # 5 images on 2 processes: every image once, and the same numbers as in one process.
     one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
-    assert one == two
+    # Processes may have other numbers of threads, which round differently.
+    assert len(one) == len(two)
+    for first, second in zip(one, two, strict=True):
+        assert (first["image_id"], first["category_id"]) == (
+            second["image_id"],
+            second["category_id"],
+        )
+        assert first["score"] == pytest.approx(second["score"], abs=1e-5)
+        assert first["bbox"] == pytest.approx(second["bbox"], abs=1e-3)
     assert {entry["image_id"] for entry in one} == set(range(100, 105))
     metrics = [json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("one", "two")]
-    assert metrics[0] == metrics[1]
+    assert metrics[0]["metrics"] == pytest.approx(metrics[1]["metrics"], abs=1e-6)
     evaluated = json.loads(lines[-1])
     scored = {name: evaluated[name] for name in metrics[0]["metrics"]}
     assert scored == pytest.approx(metrics[0]["metrics"], abs=1e-3)

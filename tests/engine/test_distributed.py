@@ -77,10 +77,10 @@ def test_two_processes_are_one(data: Path, ranks: list[dict[str, Any]], tmp_path
     initial = train_run(WORKER, _without_learning(single, tmp_path))
     for name, weight in expected["weights"].items():
         assert torch.equal(ranks[0]["weights"][name], ranks[1]["weights"][name]), name
-        # Rounding is small against what the steps have changed.
+        # Rounding is small against what the steps have changed; weights around 1 round by 1e-7.
         moved = (weight - initial["weights"][name]).abs().max()
         difference = (weight - ranks[0]["weights"][name]).abs().max()
-        assert difference <= 1e-3 * moved + 1e-7, name
+        assert difference <= 1e-3 * moved + 1e-6, name
 
     assert ranks[0]["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert ranks[0]["metrics"] == pytest.approx(expected["metrics"], abs=1e-3)
