@@ -48,8 +48,8 @@ def test_overfits_eight_coco_images(shared_data: Path, tmp_path: Path) -> None:
             "tiny",
             *files,
             *("--output", str(run)),
-            *("--data.augmentation", "none", "--data.test-size", "192", "--data.max-size", "288"),
-            *("--train.batch-size", "8", "--train.epochs", "24", "--train.eval-every", "0"),
+            *("--data.augmentation", "none", "--data.test-size", "128", "--data.max-size", "256"),
+            *("--train.batch-size", "8", "--train.epochs", "36", "--train.eval-every", "0"),
         ]
     )
     assert status == 0
