@@ -88,7 +88,6 @@ def one_to_many(
     top_score, top_query = _top_k(score, k)
     taken = torch.arange(k, device=score.device) < count[..., None]
     taken = taken & targets.mask[:, :, None]
-    assert taken.shape == (num_layers, batch, slots, k)
     return OneToMany(
         top_query.masked_fill(~taken, 0), taken, top_score.masked_fill(~taken, float("-inf"))
     )
