@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from msdetr.ops.dispatch import Impl
 from msdetr.ops.ms_deform_attn import ms_deform_attn_fused
 from msdetr.structures import SpatialShapes
 
@@ -16,7 +17,8 @@ class MSDeformAttn(nn.Module):
     """Multi-scale deformable attention with its projections.
 
     Offsets and attention logits keep separate parameters (their learning rates differ) and come
-    from one matrix product.
+    from one matrix product. `impl` chooses the implementation of the sampling (see
+    `msdetr.ops.dispatch`) and may be assigned to.
     """
 
     def __init__(self, hidden_dim: int, num_levels: int, num_heads: int, num_points: int) -> None:
@@ -24,6 +26,7 @@ class MSDeformAttn(nn.Module):
         self.num_levels = num_levels
         self.num_heads = num_heads
         self.num_points = num_points
+        self.impl: Impl = "auto"
         num_samples = num_heads * num_levels * num_points
         self.sampling_offsets = nn.Linear(hidden_dim, num_samples * 2)
         self.attention_weights = nn.Linear(hidden_dim, num_samples)
@@ -72,7 +75,7 @@ class MSDeformAttn(nn.Module):
         projection = F.linear(query, weight, bias)
         value = self.value_proj(tokens).unflatten(-1, (self.num_heads, -1))
         sampled = ms_deform_attn_fused(
-            value, spatial_shapes, projection, reference_points, valid_sizes
+            value, spatial_shapes, projection, reference_points, valid_sizes, impl=self.impl
         )
         output: Tensor = self.output_proj(sampled)
         return output

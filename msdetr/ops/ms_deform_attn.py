@@ -12,12 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msdetr.ops.dispatch import Impl, resolve_impl
+from msdetr.ops.ms_deform_attn_library import flatten_shapes
 from msdetr.structures import SpatialShapes, spatial_shapes_tensor
+
+# What the kernels serve. The reference has no limits.
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_LEVELS = 8
+_MAX_POINTS = 16
+_MAX_HEAD_DIM = 256
 
 
 def ms_deform_attn(
     value: Tensor,
-    spatial_shapes: SpatialShapes,
+    spatial_shapes: SpatialShapes | Tensor,
     sampling_locations: Tensor,
     attention_weights: Tensor,
     *,
@@ -27,7 +34,8 @@ def ms_deform_attn(
 
     Args:
         value: [B, S, M, D], the feature maps of all levels, flattened row by row.
-        spatial_shapes: L pairs (height, width); their areas sum to S.
+        spatial_shapes: L pairs (height, width); their areas sum to S. A tensor [L, 2] is accepted
+            outside of compiled code, and read back.
         sampling_locations: [B, Q, M, L, P, 2], (x, y) as fractions of each map. A location that is
             not finite samples zero.
         attention_weights: [B, Q, M, L, P]
@@ -37,8 +45,10 @@ def ms_deform_attn(
         [B, Q, M * D], in the dtype of `value`.
 
     Raises:
-        ValueError: shapes disagree; the message names the argument.
+        ValueError: shapes, dtypes or devices disagree; the message names the argument.
+        NotImplementedError: `impl` is "triton" and the kernel cannot serve the arguments.
     """
+    spatial_shapes = _as_pairs(spatial_shapes)
     _check_value(value, spatial_shapes)
     batch, _, heads, _ = value.shape
     levels = len(spatial_shapes)
@@ -57,13 +67,21 @@ def ms_deform_attn(
             f"attention_weights must be {list(sampling_locations.shape[:-1])}, "
             f"got {list(attention_weights.shape)}"
         )
-    resolve_impl("ms_deform_attn", impl)
+    _check_floating(
+        value, sampling_locations=sampling_locations, attention_weights=attention_weights
+    )
+    unsupported = _unsupported(value, levels, attention_weights.shape[-1])
+    if resolve_impl("ms_deform_attn", impl, value.device, unsupported) == "triton":
+        output: Tensor = torch.ops.msdetr.ms_deform_attn(
+            value, flatten_shapes(spatial_shapes), sampling_locations, attention_weights
+        )
+        return output
     return _reference(value, spatial_shapes, sampling_locations, attention_weights)
 
 
 def ms_deform_attn_fused(
     value: Tensor,
-    spatial_shapes: SpatialShapes,
+    spatial_shapes: SpatialShapes | Tensor,
     projection: Tensor,
     reference_points: Tensor,
     valid_sizes: Tensor | None = None,
@@ -74,7 +92,8 @@ def ms_deform_attn_fused(
 
     Args:
         value: [B, S, M, D], the feature maps of all levels, flattened row by row.
-        spatial_shapes: L pairs (height, width); their areas sum to S.
+        spatial_shapes: L pairs (height, width); their areas sum to S. A tensor [L, 2] is accepted
+            outside of compiled code, and read back.
         projection: [B, Q, M * L * P * 3]: first the sampling offsets [M, L, P, 2], then the
             attention logits [M, L, P], whose softmax runs over L * P.
         reference_points: [B, Q, L, 2] points, offsets then count in pixels of their level; or
@@ -88,8 +107,10 @@ def ms_deform_attn_fused(
         [B, Q, M * D], in the dtype of `value`.
 
     Raises:
-        ValueError: shapes disagree; the message names the argument.
+        ValueError: shapes, dtypes or devices disagree; the message names the argument.
+        NotImplementedError: `impl` is "triton" and the kernel cannot serve the arguments.
     """
+    spatial_shapes = _as_pairs(spatial_shapes)
     _check_value(value, spatial_shapes)
     batch, _, heads, _ = value.shape
     levels = len(spatial_shapes)
@@ -110,7 +131,16 @@ def ms_deform_attn_fused(
         raise ValueError(
             f"valid_sizes must be [{batch}, {levels}, 2], got {list(valid_sizes.shape)}"
         )
-    resolve_impl("ms_deform_attn_fused", impl)
+    _check_floating(value, projection=projection, reference_points=reference_points)
+    if valid_sizes is not None and valid_sizes.device != value.device:
+        raise ValueError(f"valid_sizes is on {valid_sizes.device}, value on {value.device}")
+    points = projection.shape[2] // (heads * levels * 3)
+    unsupported = _unsupported(value, levels, points)
+    if resolve_impl("ms_deform_attn_fused", impl, value.device, unsupported) == "triton":
+        output: Tensor = torch.ops.msdetr.ms_deform_attn_fused(
+            value, flatten_shapes(spatial_shapes), projection, reference_points, valid_sizes
+        )
+        return output
     return _fused_reference(value, spatial_shapes, projection, reference_points, valid_sizes)
 
 
@@ -181,6 +211,18 @@ def _reference(
     return output.to(value.dtype)
 
 
+def _as_pairs(spatial_shapes: SpatialShapes | Tensor) -> SpatialShapes:
+    if isinstance(spatial_shapes, Tensor):
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "spatial_shapes must be pairs of Python integers in compiled code, got a tensor"
+            )
+        if spatial_shapes.ndim != 2 or spatial_shapes.shape[1] != 2:
+            raise ValueError(f"spatial_shapes must be [L, 2], got {list(spatial_shapes.shape)}")
+        return tuple((height, width) for height, width in spatial_shapes.tolist())
+    return tuple((height, width) for height, width in spatial_shapes)
+
+
 def _check_value(value: Tensor, spatial_shapes: SpatialShapes) -> None:
     if value.ndim != 4:
         raise ValueError(f"value must be [B, S, heads, head dim], got {list(value.shape)}")
@@ -191,3 +233,27 @@ def _check_value(value: Tensor, spatial_shapes: SpatialShapes) -> None:
         raise ValueError(
             f"spatial_shapes {tuple(spatial_shapes)} hold {area} tokens, value has {value.shape[1]}"
         )
+    if any(side < 1 for shape in spatial_shapes for side in shape):
+        raise ValueError(f"spatial_shapes must be positive, got {tuple(spatial_shapes)}")
+
+
+def _check_floating(value: Tensor, **arguments: Tensor) -> None:
+    for name, tensor in arguments.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.device != value.device:
+            raise ValueError(f"{name} is on {tensor.device}, value on {value.device}")
+
+
+def _unsupported(value: Tensor, levels: int, points: int) -> str | None:
+    """Why the kernels cannot serve these arguments, or None."""
+    head_dim = value.shape[3]
+    if value.dtype not in _KERNEL_DTYPES:
+        return f"the kernel takes float32, bfloat16 or float16 values, got {value.dtype}"
+    if levels > _MAX_LEVELS:
+        return f"the kernel takes up to {_MAX_LEVELS} levels, got {levels}"
+    if not 1 <= points <= _MAX_POINTS:
+        return f"the kernel takes 1 to {_MAX_POINTS} points, got {points}"
+    if not 1 <= head_dim <= _MAX_HEAD_DIM:
+        return f"the kernel takes head dimensions 1 to {_MAX_HEAD_DIM}, got {head_dim}"
+    return None

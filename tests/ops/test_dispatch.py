@@ -66,7 +66,34 @@ def test_a_kernel_that_does_not_exist_is_refused_and_not_replaced(op, monkeypatc
     assert resolve_impl(op, "auto") == "reference"
 
 
-def test_an_explicit_request_is_obeyed(monkeypatch):
-    monkeypatch.setattr(dispatch, "_KERNELS", frozenset({"op"}))
-    assert resolve_impl("op", "triton") == "triton"
-    assert resolve_impl("op", "reference") == "reference"
+class TestOpWithAKernel:
+    @pytest.fixture(autouse=True)
+    def _one_kernel(self, monkeypatch):
+        monkeypatch.setattr(dispatch, "_KERNELS", frozenset({"op"}))
+        monkeypatch.setattr(dispatch, "_HAS_TRITON", True)
+        monkeypatch.setattr(dispatch, "_INTERPRETED", False)
+
+    def test_explicit_requests_are_obeyed(self):
+        assert resolve_impl("op", "triton", torch.device("cuda")) == "triton"
+        assert resolve_impl("op", "reference", torch.device("cuda")) == "reference"
+
+    def test_auto_takes_the_kernel_on_a_gpu_only(self):
+        assert resolve_impl("op", "auto", torch.device("cuda")) == "triton"
+        assert resolve_impl("op", "auto", torch.device("cpu")) == "reference"
+
+    def test_auto_takes_the_reference_for_what_the_kernel_does_not_serve(self):
+        assert resolve_impl("op", "auto", torch.device("cuda"), "too wide") == "reference"
+
+    def test_the_interpreter_runs_kernels_on_the_cpu_where_asked(self, monkeypatch):
+        monkeypatch.setattr(dispatch, "_INTERPRETED", True)
+        assert resolve_impl("op", "triton", torch.device("cpu")) == "triton"
+        assert resolve_impl("op", "auto", torch.device("cpu")) == "reference"
+
+    def test_a_request_that_cannot_be_served_says_why(self, monkeypatch):
+        with pytest.raises(NotImplementedError, match="op: too wide"):
+            resolve_impl("op", "triton", torch.device("cuda"), "too wide")
+        with pytest.raises(NotImplementedError, match="needs a CUDA device .* got cpu"):
+            resolve_impl("op", "triton", torch.device("cpu"))
+        monkeypatch.setattr(dispatch, "_HAS_TRITON", False)
+        with pytest.raises(NotImplementedError, match="Triton is not installed"):
+            resolve_impl("op", "triton", torch.device("cuda"))

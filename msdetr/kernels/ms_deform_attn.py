@@ -1,0 +1,382 @@
+"""Launchers of the multi-scale deformable attention kernels.
+
+Both public ops run the same kernels. They differ in what a query's points and weights are (R):
+
+    R = 0     sampling locations [B, Q, M, L, P, 2] and attention weights [B, Q, M, L, P], given
+    R = 2, 4  offsets and logits, both slices of one projection, with reference points [B, Q, L, R]
+
+Forward is one kernel. Backward is one kernel for points, weights and reference points, and one for
+`value`: window sums where the queries are the pixels of the levels, else a plain reduction. Every
+kernel recomputes locations and weights, so nothing but the inputs is kept.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from msdetr.kernels.ms_deform_attn_backward import points_kernel, value_kernel
+from msdetr.kernels.ms_deform_attn_configs import (
+    DirectConfig,
+    WindowConfig,
+    tile_config,
+    value_config,
+)
+from msdetr.kernels.ms_deform_attn_forward import forward_kernel
+from msdetr.kernels.ms_deform_attn_splat import CELL, rest_kernel, splat_kernel
+from msdetr.structures import SpatialShapes
+
+_MAX_GRID_Y = 65535  # images per launch
+
+
+class Points(NamedTuple):
+    """Where queries sample, and with which weights: the arguments of an op, as kernels take them.
+
+    `points` is [B, Q, M * L * P * 2] and `weights` [B, Q, M * L * P], each contiguous in its last
+    dimension; `reference` is [B, Q, L, R] and contiguous, or None: then points are locations.
+    """
+
+    points: Tensor
+    weights: Tensor
+    reference: Tensor | None
+    num_points: int
+
+    @property
+    def reference_dim(self) -> int:
+        """R of the module's docstring."""
+        return 0 if self.reference is None else self.reference.shape[-1]
+
+
+class Sizes(NamedTuple):
+    """What the kernels are compiled for, of one call."""
+
+    M: int
+    D: int
+    L: int
+    P: int
+    R: int
+    HAS_VALID_SIZES: bool
+
+
+@functools.lru_cache(maxsize=1024)
+def pack_levels(spatial_shapes: SpatialShapes) -> tuple[int, ...]:
+    """height << 32 | width of each level."""
+    return tuple(height << 32 | width for height, width in spatial_shapes)
+
+
+@functools.lru_cache(maxsize=1024)
+def count_tiles(spatial_shapes: SpatialShapes, num_queries: int, block_q: int, tile_x: int) -> int:
+    """Programs per head and image: rows of queries, or where tile_x > 0 rectangles of pixels."""
+    if tile_x == 0:
+        return _ceil_div(num_queries, block_q)
+    tile_y = block_q // tile_x
+    return sum(_ceil_div(h, tile_y) * _ceil_div(w, tile_x) for h, w in spatial_shapes)
+
+
+@functools.lru_cache(maxsize=1024)
+def count_cells(spatial_shapes: SpatialShapes) -> tuple[int, int]:
+    """(down, across): cells of `splat_kernel` that hold every pixel of every level."""
+    sides = [max(CELL >> level, 1) for level in range(len(spatial_shapes))]
+    return (
+        max(_ceil_div(h, side) for (h, _), side in zip(spatial_shapes, sides, strict=True)),
+        max(_ceil_div(w, side) for (_, w), side in zip(spatial_shapes, sides, strict=True)),
+    )
+
+
+def needs_wide_offsets(spatial_shapes: SpatialShapes, num_queries: int, *strides: int) -> bool:
+    """Whether an offset within one level, or within one image's queries, can pass 2^31 - 1.
+
+    Offsets of images and levels are 64-bit always. `strides` are elements per token or query; a
+    corner beside the map, whose offset is computed and not used, is allowed for.
+    """
+    rows = max((height + 3) * (width + 3) for height, width in spatial_shapes)
+    return max(rows, num_queries) * max(strides) >= 2**31
+
+
+def forward(
+    value: Tensor, spatial_shapes: SpatialShapes, points: Points, valid_sizes: Tensor | None
+) -> Tensor:
+    """[B, Q, M * D] from value [B, S, M, D], whose heads and channels are contiguous."""
+    batch, tokens, heads, head_dim = value.shape
+    queries = points.points.shape[1]
+    output = value.new_empty(batch, queries, heads * head_dim)
+    if not output.numel():
+        return output
+    sizes = _sizes(value, spatial_shapes, points, valid_sizes)
+    config = tile_config(
+        "forward", value.dtype, head_dim, batch * heads * queries, is_grid=queries == tokens
+    )
+    programs = heads * count_tiles(spatial_shapes, queries, config.block_q, config.tile_x)
+    for part in _image_ranges(batch):
+        forward_kernel[(programs, part.stop - part.start)](
+            value[part],
+            points.points[part],
+            points.weights[part],
+            _or_any(points.reference, part, value),
+            _or_any(valid_sizes, part, value),
+            output[part],
+            queries,
+            value.stride(0),
+            value.stride(1),
+            *points.points.stride()[:2],
+            *points.weights.stride()[:2],
+            pack_levels(spatial_shapes),
+            **sizes._asdict(),
+            WIDE=_is_wide(value, spatial_shapes, points),
+            **_tile_constants(config, sizes),
+        )
+    return output
+
+
+def backward_points(
+    grad_output: Tensor,
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    points: Points,
+    valid_sizes: Tensor | None,
+    grad_points: Tensor,
+    grad_weights: Tensor,
+    *,
+    need_reference: bool,
+) -> Tensor | None:
+    """Write the gradients of points and weights; return that of the reference points if needed.
+
+    `grad_points` and `grad_weights` have the shapes of `points`; `grad_output` is contiguous.
+    """
+    batch, tokens, heads, head_dim = value.shape
+    queries = points.points.shape[1]
+    sizes = _sizes(value, spatial_shapes, points, valid_sizes)
+    parts = None
+    if need_reference:
+        shape = (heads, batch, queries, sizes.L, sizes.R)
+        parts = value.new_empty(shape, dtype=torch.float32)
+    if grad_points.numel() and head_dim:
+        config = tile_config(
+            "points", value.dtype, head_dim, batch * heads * queries, is_grid=queries == tokens
+        )
+        programs = heads * count_tiles(spatial_shapes, queries, config.block_q, config.tile_x)
+        for part in _image_ranges(batch):
+            points_kernel[(programs, part.stop - part.start)](
+                grad_output[part],
+                value[part],
+                points.points[part],
+                points.weights[part],
+                _or_any(points.reference, part, value),
+                _or_any(valid_sizes, part, value),
+                grad_points[part],
+                grad_weights[part],
+                value if parts is None else parts[:, part],
+                queries,
+                value.stride(0),
+                value.stride(1),
+                *points.points.stride()[:2],
+                *points.weights.stride()[:2],
+                *grad_points.stride()[:2],
+                *grad_weights.stride()[:2],
+                0 if parts is None else parts.stride(0),
+                pack_levels(spatial_shapes),
+                **sizes._asdict(),
+                WIDE=_is_wide(value, spatial_shapes, points),
+                NEED_REFERENCE=need_reference,
+                **_tile_constants(config, sizes),
+            )
+    return None if parts is None else parts.sum(0)
+
+
+def backward_value(
+    grad_output: Tensor,
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    points: Points,
+    valid_sizes: Tensor | None,
+    *,
+    deterministic: bool,
+) -> Tensor:
+    """The gradient of `value`, contiguous and in its type; `grad_output` is contiguous."""
+    batch, tokens, heads, head_dim = value.shape
+    queries = points.points.shape[1]
+    sizes = _sizes(value, spatial_shapes, points, valid_sizes)
+    wide = _is_wide(value, spatial_shapes, points)
+    if not grad_output.numel():
+        return torch.zeros_like(value, memory_format=torch.contiguous_format)
+    config = value_config(
+        value.dtype,
+        head_dim,
+        batch * heads * queries,
+        num_points=sizes.P,
+        is_grid=queries == tokens,
+        can_window=sizes.R > 0 and not wide and not deterministic,
+    )
+    if deterministic:
+        scale = _fixed_point_scale(grad_output, points)
+        total = torch.zeros(value.shape, dtype=torch.int64, device=value.device)
+    else:
+        scale = grad_output  # not read
+        total = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
+    for part in _image_ranges(batch):
+        arguments = (
+            grad_output[part],
+            points.points[part],
+            points.weights[part],
+            _or_any(points.reference, part, value),
+            _or_any(valid_sizes, part, value),
+            total[part],
+        )
+        strides = (*points.points.stride()[:2], *points.weights.stride()[:2])
+        if isinstance(config, WindowConfig):
+            _add_windows(config, arguments, strides, spatial_shapes, sizes, queries)
+            continue
+        programs = heads * count_tiles(spatial_shapes, queries, config.block_q, config.tile_x)
+        value_kernel[(programs, part.stop - part.start)](
+            *arguments,
+            scale,
+            queries,
+            tokens,
+            *strides,
+            pack_levels(spatial_shapes),
+            **sizes._asdict(),
+            WIDE=wide,
+            FIXED_POINT=deterministic,
+            **_tile_constants(config, sizes),
+        )
+    if deterministic:
+        # A gradient that is not finite has no fixed-point form: it makes the whole result NaN.
+        poison = scale * 0.0
+        return (total.to(torch.float64) / scale + poison).to(value.dtype)
+    return total.to(value.dtype)
+
+
+def _add_windows(
+    config: WindowConfig,
+    arguments: tuple[Tensor, ...],
+    strides: tuple[int, ...],
+    spatial_shapes: SpatialShapes,
+    sizes: Sizes,
+    queries: int,
+) -> None:
+    down, across = count_cells(spatial_shapes)
+    images = arguments[0].shape[0]
+    grid = (down * across * sizes.M, images)
+    windows = arguments[0].new_empty((*grid[::-1], sizes.L, 3), dtype=torch.float32)
+    common: dict[str, Any] = {
+        **sizes._asdict(),
+        "GROUP": point_group(sizes.P),
+        "PADDED_LP": padded_samples(sizes),
+        "SIDE": config.side,
+        "COARSE_SIDE": config.coarse_side,
+    }
+    scalars = (queries, *strides, across, pack_levels(spatial_shapes))
+    splat_kernel[grid](
+        *arguments,
+        windows,
+        *scalars,
+        **common,
+        PADDED_D=max(_next_power_of_2(sizes.D), 16),
+        BLOCK_Y=config.block_y,
+        INTERPRET=is_interpreted(),
+        num_warps=config.num_warps,
+        enable_fp_fusion=True,
+    )
+    rest_kernel[grid](
+        *arguments,
+        windows,
+        *scalars,
+        **common,
+        SPLIT_D=config.rest.split_d,
+        SPLITS=_ceil_div(_next_power_of_2(sizes.D), config.rest.split_d),
+        num_warps=config.rest.num_warps,
+        enable_fp_fusion=True,
+    )
+
+
+def _fixed_point_scale(grad_output: Tensor, points: Points) -> Tensor:
+    """[] float32, a power of two: units per 1 such that no sum of an int64 can overflow.
+
+    A pixel gets at most `bound` = (sum of weights of a query) x Q x max |g|; the weights of a
+    softmax sum to 1.
+    """
+    highest = grad_output.abs().amax().to(torch.float64)
+    terms = points.points.shape[1]
+    if points.reference is None:
+        highest = highest * points.weights.abs().amax().to(torch.float64)
+        terms *= points.weights.shape[2]
+    exponent = torch.frexp(highest * terms).exponent
+    # Within what float32 can hold; a part below 2^-126 is lost to float32 anyway.
+    scale = torch.exp2((62 - exponent).clamp(-120, 120).to(torch.float64))
+    return (scale + highest * 0.0).to(torch.float32)  # NaN if g is not finite
+
+
+def point_group(num_points: int) -> int:
+    """Points that are loaded and stored together."""
+    return min(_next_power_of_2(num_points), 4)
+
+
+def padded_samples(sizes: Sizes) -> int:
+    """Length of a row of all L * P weights, points padded to whole groups."""
+    group = point_group(sizes.P)
+    return _next_power_of_2(sizes.L * _ceil_div(sizes.P, group) * group)
+
+
+def is_interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on the CPU."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _tile_constants(config: DirectConfig, sizes: Sizes) -> dict[str, Any]:
+    return {
+        "BLOCK_Q": config.block_q,
+        "TILE_X": config.tile_x,
+        "GROUP": point_group(sizes.P),
+        "PADDED_LP": padded_samples(sizes),
+        "SPLIT_D": config.split_d,
+        "SPLITS": _ceil_div(_next_power_of_2(sizes.D), config.split_d),
+        "num_warps": config.num_warps,
+        "enable_fp_fusion": True,
+    }
+
+
+def _sizes(
+    value: Tensor, spatial_shapes: SpatialShapes, points: Points, valid_sizes: Tensor | None
+) -> Sizes:
+    return Sizes(
+        M=value.shape[2],
+        D=value.shape[3],
+        L=len(spatial_shapes),
+        P=points.num_points,
+        R=points.reference_dim,
+        HAS_VALID_SIZES=valid_sizes is not None,
+    )
+
+
+def _is_wide(value: Tensor, spatial_shapes: SpatialShapes, points: Points) -> bool:
+    return needs_wide_offsets(
+        spatial_shapes,
+        points.points.shape[1],
+        value.stride(1),
+        value.shape[2] * value.shape[3],
+        points.points.stride(1),
+        points.weights.stride(1),
+    )
+
+
+def _image_ranges(batch: int) -> Iterator[slice]:
+    for start in range(0, batch, _MAX_GRID_Y):
+        yield slice(start, min(start + _MAX_GRID_Y, batch))
+
+
+def _or_any(tensor: Tensor | None, part: slice, stand_in: Tensor) -> Tensor:
+    """A pointer argument that the kernel does not read has to be some tensor all the same."""
+    return stand_in if tensor is None else tensor[part]

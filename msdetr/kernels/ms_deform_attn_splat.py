@@ -1,0 +1,694 @@
+"""Gradient of `value` where the queries are the pixels of the levels: summed in windows first.
+
+Added sample by sample, an encoder layer sends four rows per sample to global memory. But the
+queries of one cell of the image - CELL x CELL pixels of level 0, a quarter of them at level 1, and
+so on - sample the same few pixels. Here a program takes one cell and one head, lays a window over
+the pixels of each level that its samples surround, and sums there: with the hat functions
+h(t) = max(0, 1 - |t|),
+
+    W[pixel, query] = sum over points of a * h(y - pixel y) * h(x - pixel x)
+    window = W @ g        (tensor cores, float32 sums)
+
+and the window is added to global memory once. A sample that reaches beyond the window is left out
+of W; a second kernel adds those by themselves, in the cells and levels that have any. So the result
+is exact wherever samples lie; how many lie outside decides the speed alone.
+
+Precision: g is exact in its own type. Against bfloat16 g, W is the sum of two bfloat16 numbers
+(2^-17 relative); otherwise the product is taken in three tf32 parts.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from msdetr.kernels.deform_sampling import (
+    columns,
+    level_size,
+    load_logits,
+    load_points,
+    load_reference,
+    load_valid_size,
+    softmax_of_rows,
+    weight_of_logit,
+    within,
+)
+from msdetr.kernels.ms_deform_attn_backward import load_gradient, scatter_sample
+
+CELL = 8
+"""Pixels along the side of a cell, at level 0."""
+
+
+@triton.jit
+def _queries_of_level(
+    slot, cell_y, cell_x, start, height, width, FIRST: tl.constexpr, SIDE: tl.constexpr
+):
+    """Queries of one level in a cell, in the slots from FIRST on, and their mask."""
+    local = slot - FIRST
+    y = cell_y * SIDE + local // SIDE
+    x = cell_x * SIDE + local % SIDE
+    inside = (local >= 0) & (local < SIDE * SIDE) & (y < height) & (x < width)
+    return start + y * width + x, inside
+
+
+@triton.jit
+def _fine_queries(cell_y, cell_x, levels):
+    """Queries of level 0 in a cell, and their mask: [64]."""
+    height, width = level_size(0, levels, 1)
+    query, inside = _queries_of_level(tl.arange(0, 64), cell_y, cell_x, 0, height, width, 0, 8)
+    return tl.where(inside, query, 0), inside
+
+
+@triton.jit
+def _coarse_queries(cell_y, cell_x, levels, L: tl.constexpr, COUNT: tl.constexpr):
+    """Queries of the other levels in a cell, and their mask: [COUNT]."""
+    slot = tl.arange(0, COUNT)
+    query = tl.zeros((COUNT,), tl.int32)
+    inside = slot < 0
+    height, width = level_size(0, levels, 1)
+    start = height * width
+    for level in tl.static_range(1, L):
+        height = (levels[level] >> 32).to(tl.int32)
+        width = levels[level].to(tl.int32)
+        if level == 1:
+            found, mine = _queries_of_level(slot, cell_y, cell_x, start, height, width, 0, 4)
+        elif level == 2:
+            found, mine = _queries_of_level(slot, cell_y, cell_x, start, height, width, 16, 2)
+        else:
+            found, mine = _queries_of_level(
+                slot, cell_y, cell_x, start, height, width, 17 + level, 1
+            )
+        query = tl.where(mine, found, query)
+        inside = inside | mine
+        start += height * width
+    return query, inside
+
+
+@triton.jit
+def _add_pairs(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
+def _join_bounds(a0, a1, a2, a3, a4, b0, b1, b2, b3, b4):
+    x_min = tl.minimum(a0, b0)
+    y_min = tl.minimum(a1, b1)
+    x_max = tl.maximum(a2, b2)
+    y_max = tl.maximum(a3, b3)
+    return x_min, y_min, x_max, y_max, a4 | b4
+
+
+@triton.jit
+def _fits(x, y, origin_x, origin_y, side):
+    """Whether all four pixels around a position lie in the window."""
+    right = origin_x + (side - 1)
+    below = origin_y + (side - 1)
+    return (x >= origin_x) & (x < right) & (y >= origin_y) & (y < below)
+
+
+@triton.jit
+def _left_out(x, y, inside, origin_x, origin_y, valid_height, valid_width, side):
+    """Samples that touch the map and do not fit the window."""
+    touches = (x > -1.0) & (x < valid_width) & (y > -1.0) & (y < valid_height)
+    return inside & touches & (_fits(x, y, origin_x, origin_y, side) == 0)
+
+
+@triton.jit
+def _window_weights(
+    xs,
+    ys,
+    ws,
+    inside,
+    origin_x,
+    origin_y,
+    first_row,
+    P: tl.constexpr,
+    ROWS: tl.constexpr,
+    SIDE: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+):
+    """BLOCK_Y rows of W, [BLOCK_Y, SIDE, ROWS]: the share of each query at each pixel."""
+    pixel_x = tl.arange(0, SIDE).to(tl.float32)[:, None]
+    pixel_y = (first_row + tl.arange(0, BLOCK_Y)).to(tl.float32)[:, None]
+    window = tl.zeros((BLOCK_Y, SIDE, ROWS), tl.float32)
+    for i in tl.static_range(P):
+        fits = inside & _fits(xs[i], ys[i], origin_x, origin_y, SIDE)
+        weight = tl.where(fits, ws[i], 0.0)[None, :]
+        near_x = tl.maximum(1.0 - tl.abs((xs[i] - origin_x)[None, :] - pixel_x), 0.0)
+        near_y = tl.maximum(weight - weight * tl.abs((ys[i] - origin_y)[None, :] - pixel_y), 0.0)
+        window += near_y[:, None, :] * near_x[None, :, :]
+    return window
+
+
+@triton.jit
+def _add_product(
+    acc,
+    window,
+    grad,
+    PIXELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """acc + W @ g, with W [SIDE, SIDE, ROWS] float32."""
+    window = tl.reshape(window, (PIXELS, ROWS))
+    if grad.dtype == tl.bfloat16:
+        high = window.to(tl.bfloat16)
+        low = (window - high.to(tl.float32)).to(tl.bfloat16)
+        if INTERPRET:  # whose bfloat16 products are wrong
+            acc = tl.dot(high.to(tl.float32), grad.to(tl.float32), acc)
+            acc = tl.dot(low.to(tl.float32), grad.to(tl.float32), acc)
+        else:
+            acc = tl.dot(high, grad, acc)
+            acc = tl.dot(low, grad, acc)
+    else:
+        acc = tl.dot(window, grad.to(tl.float32), acc, input_precision="tf32x3")
+    return acc
+
+
+@triton.jit
+def _bounds_and_rest(
+    xs,
+    ys,
+    inside,
+    origin_x,
+    origin_y,
+    valid_height,
+    valid_width,
+    P: tl.constexpr,
+    SIDE: tl.constexpr,
+):
+    """Least and greatest position that fits, x and y, and 1 if any sample was left out."""
+    far = 1e9
+    x_min = tl.where(inside, far, far)
+    y_min = x_min
+    x_max = -x_min
+    y_max = -x_min
+    rest = tl.where(inside, 0, 0)
+    for i in tl.static_range(P):
+        x = xs[i]
+        y = ys[i]
+        fits = inside & _fits(x, y, origin_x, origin_y, SIDE)
+        x_min = tl.minimum(x_min, tl.where(fits, x, far))
+        y_min = tl.minimum(y_min, tl.where(fits, y, far))
+        x_max = tl.maximum(x_max, tl.where(fits, x, -far))
+        y_max = tl.maximum(y_max, tl.where(fits, y, -far))
+        out = _left_out(x, y, inside, origin_x, origin_y, valid_height, valid_width, SIDE)
+        rest = rest | out.to(tl.int32)
+    return tl.reduce((x_min, y_min, x_max, y_max, rest), 0, _join_bounds)
+
+
+@triton.jit
+def _positions(
+    points,
+    weights,
+    reference,
+    highest,
+    scale,
+    level,
+    height,
+    width,
+    P: tl.constexpr,
+    R: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Positions in pixels (just outside of the map at most) and weights of a level's points."""
+    float_height = height.to(tl.float32)
+    float_width = width.to(tl.float32)
+    x0, y0, step_x, step_y = load_reference(
+        reference + level * R, float_width, float_height, ROWS, R, P
+    )
+    xs, ys = load_points(points + level * (P * 2), 0, ROWS, GROUP, P)
+    ws = load_logits(weights + level * P, 0, GROUP, P, -float("inf"))
+    ws = columns(weight_of_logit(ws, highest) * scale[:, None], ROWS, GROUP)
+    xs_in = ()
+    ys_in = ()
+    for i in tl.static_range(P):
+        x = xs[i] * step_x + x0
+        y = ys[i] * step_y + y0
+        xs_in = xs_in + (tl.minimum(tl.maximum(x, -2.0), float_width + 1.0),)
+        ys_in = ys_in + (tl.minimum(tl.maximum(y, -2.0), float_height + 1.0),)
+    return xs_in, ys_in, ws
+
+
+@triton.jit
+def _splat_level(
+    fine_grad,
+    fine_inside,
+    fine_xs,
+    fine_ys,
+    fine_ws,
+    count,
+    coarse_grad,
+    coarse_inside,
+    coarse_xs,
+    coarse_ys,
+    coarse_ws,
+    level_base,
+    window_ptr,
+    height,
+    width,
+    valid_height,
+    valid_width,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    STRIDE: tl.constexpr,
+    D: tl.constexpr,
+    PADDED_D: tl.constexpr,
+    FINE: tl.constexpr,
+    COARSE: tl.constexpr,
+    SIDE: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Sum what a cell's queries send to one level, add it up there, and note what was left out."""
+    sum_x = tl.zeros((FINE,), tl.float32)
+    sum_y = tl.zeros((FINE,), tl.float32)
+    for i in tl.static_range(P):
+        sum_x += tl.where(fine_inside, fine_xs[i], 0.0)
+        sum_y += tl.where(fine_inside, fine_ys[i], 0.0)
+    sum_x, sum_y = tl.reduce((sum_x, sum_y), 0, _add_pairs)
+    origin_x = tl.floor(sum_x / (count * P)) - (SIDE // 2 - 1)
+    origin_y = tl.floor(sum_y / (count * P)) - (SIDE // 2 - 1)
+
+    x_min, y_min, x_max, y_max, rest = _bounds_and_rest(
+        fine_xs, fine_ys, fine_inside, origin_x, origin_y, valid_height, valid_width, P, SIDE
+    )
+    if L > 1:
+        bounds = _bounds_and_rest(
+            coarse_xs,
+            coarse_ys,
+            coarse_inside,
+            origin_x,
+            origin_y,
+            valid_height,
+            valid_width,
+            P,
+            SIDE,
+        )
+        x_min = tl.minimum(x_min, bounds[0])
+        y_min = tl.minimum(y_min, bounds[1])
+        x_max = tl.maximum(x_max, bounds[2])
+        y_max = tl.maximum(y_max, bounds[3])
+        rest = rest | bounds[4]
+    tl.store(window_ptr, origin_x)
+    tl.store(window_ptr + 1, origin_y)
+    tl.store(window_ptr + 2, rest.to(tl.float32))
+
+    # A few rows at a time, for the registers' sake; and only rows that samples reach.
+    for first_row in range(0, SIDE, BLOCK_Y):
+        top = origin_y + tl.full((), 1.0, tl.float32) * first_row
+        if (y_max > top - 1.0) & (y_min < top + BLOCK_Y):
+            window = _window_weights(
+                fine_xs,
+                fine_ys,
+                fine_ws,
+                fine_inside,
+                origin_x,
+                origin_y,
+                first_row,
+                P,
+                FINE,
+                SIDE,
+                BLOCK_Y,
+            )
+            acc = tl.zeros((BLOCK_Y * SIDE, PADDED_D), tl.float32)
+            acc = _add_product(acc, window, fine_grad, BLOCK_Y * SIDE, FINE, INTERPRET)
+            if L > 1:
+                window = _window_weights(
+                    coarse_xs,
+                    coarse_ys,
+                    coarse_ws,
+                    coarse_inside,
+                    origin_x,
+                    origin_y,
+                    first_row,
+                    P,
+                    COARSE,
+                    SIDE,
+                    BLOCK_Y,
+                )
+                acc = _add_product(acc, window, coarse_grad, BLOCK_Y * SIDE, COARSE, INTERPRET)
+            # Of these rows, the part that samples reach and that is within the map.
+            pixel = tl.arange(0, BLOCK_Y * SIDE)
+            pixel_x = origin_x + (pixel % SIDE).to(tl.float32)
+            pixel_y = top + (pixel // SIDE).to(tl.float32)
+            used = (pixel_x > x_min - 1.0) & (pixel_x < x_max + 1.0)
+            used = used & (pixel_y > y_min - 1.0) & (pixel_y < y_max + 1.0)
+            pixel_x = pixel_x.to(tl.int32)
+            pixel_y = pixel_y.to(tl.int32)
+            used = used & within(pixel_x, valid_width) & within(pixel_y, valid_height)
+            offset = (pixel_y * width + pixel_x) * STRIDE
+            channel = tl.arange(0, PADDED_D)[None, :]
+            mask = used[:, None]
+            if PADDED_D > D:
+                mask = mask & (channel < D)
+            tl.atomic_add(level_base + offset[:, None] + channel, acc, mask=mask, sem="relaxed")
+
+
+@triton.jit
+def _load_queries(
+    points_ptr,
+    weights_ptr,
+    reference_ptr,
+    query,
+    stride_pq,
+    stride_wq,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    R: tl.constexpr,
+    PADDED_LP: tl.constexpr,
+):
+    """Pointers to the points, weights and reference of queries, and their softmax."""
+    weights = weights_ptr + (query * stride_wq)[:, None]
+    highest, scale = softmax_of_rows(weights, L * P, PADDED_LP)
+    points = points_ptr + (query * stride_pq)[:, None]
+    return points, weights, reference_ptr + query * (L * R), highest, scale
+
+
+@triton.jit
+def _load_rows(
+    grad_output_ptr, query, inside, STRIDE: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr
+):
+    """Output gradients of queries, [ROWS, PADDED_D] in their own type."""
+    channel = tl.arange(0, PADDED_D)[None, :]
+    mask = inside[:, None]
+    if PADDED_D > D:
+        mask = mask & (channel < D)
+    return tl.load(grad_output_ptr + (query * STRIDE)[:, None] + channel, mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=["levels"])
+def splat_kernel(
+    grad_output_ptr,  # [B, Q, M, D]
+    points_ptr,  # offsets: per (image, query) [M, L, P, 2]
+    weights_ptr,  # logits: per (image, query) [M, L, P]
+    reference_ptr,  # [B, Q, L, R]
+    valid_ptr,  # [B, L, 2] (height, width) where HAS_VALID_SIZES
+    grad_value_ptr,  # [B, S, M, D] float32; holds zeros
+    windows_ptr,  # [B, cells, M, L, 3] float32: origin of a window (x, y), 1 if samples are left
+    num_queries,
+    stride_pb,
+    stride_pq,
+    stride_wb,
+    stride_wq,
+    cells_across,
+    levels,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    R: tl.constexpr,
+    HAS_VALID_SIZES: tl.constexpr,
+    GROUP: tl.constexpr,
+    PADDED_LP: tl.constexpr,
+    PADDED_D: tl.constexpr,
+    SIDE: tl.constexpr,
+    COARSE_SIDE: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Gradient of `value` from all samples that fit the windows.
+
+    Windows are SIDE pixels wide at levels 0 and 1, and COARSE_SIDE at the others.
+    """
+    FINE: tl.constexpr = 64
+    COARSE: tl.constexpr = 32
+    program = tl.program_id(0)
+    batch = tl.program_id(1).to(tl.int64)
+    head = program % M
+    cell = program // M
+    points_ptr += batch * stride_pb + head * (L * P * 2)
+    weights_ptr += batch * stride_wb + head * (L * P)
+    grad_output_ptr += batch * num_queries * (M * D) + head * D
+    reference_ptr += batch * num_queries * (L * R)
+    valid_ptr += batch * (L * 2)
+    windows_ptr += (batch * tl.num_programs(0) + program) * (L * 3)
+    level_base = grad_value_ptr + batch * num_queries * (M * D) + head * D
+
+    query, inside = _fine_queries(cell // cells_across, cell % cells_across, levels)
+    count = tl.maximum(tl.sum(inside.to(tl.int32), 0), 1).to(tl.float32)
+    grad = _load_rows(grad_output_ptr, query, inside, M * D, D, PADDED_D)
+    points, weights, reference, highest, scale = _load_queries(
+        points_ptr, weights_ptr, reference_ptr, query, stride_pq, stride_wq, L, P, R, PADDED_LP
+    )
+    if L > 1:
+        query, coarse_inside = _coarse_queries(
+            cell // cells_across, cell % cells_across, levels, L, COARSE
+        )
+        coarse_grad = _load_rows(grad_output_ptr, query, coarse_inside, M * D, D, PADDED_D)
+        coarse_points, coarse_weights, coarse_reference, coarse_highest, coarse_scale = (
+            _load_queries(
+                points_ptr,
+                weights_ptr,
+                reference_ptr,
+                query,
+                stride_pq,
+                stride_wq,
+                L,
+                P,
+                R,
+                PADDED_LP,
+            )
+        )
+    # Two loops, of one window size each: code, and time to compile it, stay bounded.
+    for part in tl.static_range(2 if L > 2 else 1):
+        for level in range(2 * part, L if part == 1 or L < 2 else 2):
+            height, width = level_size(level, levels, L)
+            valid_height, valid_width = load_valid_size(
+                valid_ptr + level * 2, height, width, HAS_VALID_SIZES
+            )
+            xs, ys, ws = _positions(
+                points, weights, reference, highest, scale, level, height, width, P, R, FINE, GROUP
+            )
+            if L > 1:
+                coarse_xs, coarse_ys, coarse_ws = _positions(
+                    coarse_points,
+                    coarse_weights,
+                    coarse_reference,
+                    coarse_highest,
+                    coarse_scale,
+                    level,
+                    height,
+                    width,
+                    P,
+                    R,
+                    COARSE,
+                    GROUP,
+                )
+            else:
+                coarse_grad = grad
+                coarse_inside = inside
+                coarse_xs = xs
+                coarse_ys = ys
+                coarse_ws = ws
+            _splat_level(
+                grad,
+                inside,
+                xs,
+                ys,
+                ws,
+                count,
+                coarse_grad,
+                coarse_inside,
+                coarse_xs,
+                coarse_ys,
+                coarse_ws,
+                level_base,
+                windows_ptr + level * 3,
+                height,
+                width,
+                valid_height,
+                valid_width,
+                L,
+                P,
+                M * D,
+                D,
+                PADDED_D,
+                FINE,
+                COARSE,
+                SIDE if part == 0 else COARSE_SIDE,
+                BLOCK_Y,
+                INTERPRET,
+            )
+            level_base += (height * width).to(tl.int64) * (M * D)
+
+
+@triton.jit
+def _scatter_rest(
+    grad_output_ptr,
+    points_ptr,
+    weights_ptr,
+    reference_ptr,
+    query,
+    inside,
+    level_base,
+    level,
+    origin_x,
+    origin_y,
+    side,
+    height,
+    width,
+    valid_height,
+    valid_width,
+    stride_pq,
+    stride_wq,
+    STRIDE: tl.constexpr,
+    D: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    R: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PADDED_LP: tl.constexpr,
+    SPLIT_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Add the samples of some queries that were left out of a window by themselves."""
+    points, weights, reference, highest, scale = _load_queries(
+        points_ptr, weights_ptr, reference_ptr, query, stride_pq, stride_wq, L, P, R, PADDED_LP
+    )
+    xs, ys, ws = _positions(
+        points, weights, reference, highest, scale, level, height, width, P, R, ROWS, GROUP
+    )
+    channel = tl.arange(0, SPLIT_D)[None, :]
+    grad = load_gradient(grad_output_ptr, query * STRIDE, channel, inside, D, SPLIT_D, SPLITS)
+    for i in tl.static_range(P):
+        rows = _left_out(xs[i], ys[i], inside, origin_x, origin_y, valid_height, valid_width, side)
+        scatter_sample(
+            grad,
+            level_base + channel,
+            xs[i],
+            ys[i],
+            ws[i],
+            rows,
+            height,
+            width,
+            valid_height,
+            valid_width,
+            1.0,
+            STRIDE,
+            D,
+            SPLIT_D,
+            SPLITS,
+            False,
+            False,
+        )
+
+
+@triton.jit(do_not_specialize=["levels"])
+def rest_kernel(
+    grad_output_ptr,
+    points_ptr,
+    weights_ptr,
+    reference_ptr,
+    valid_ptr,
+    grad_value_ptr,
+    windows_ptr,
+    num_queries,
+    stride_pb,
+    stride_pq,
+    stride_wb,
+    stride_wq,
+    cells_across,
+    levels,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    R: tl.constexpr,
+    HAS_VALID_SIZES: tl.constexpr,
+    GROUP: tl.constexpr,
+    PADDED_LP: tl.constexpr,
+    SPLIT_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SIDE: tl.constexpr,
+    COARSE_SIDE: tl.constexpr,
+):
+    """Add the samples that `splat_kernel` left out; arguments as there."""
+    FINE: tl.constexpr = 64
+    COARSE: tl.constexpr = 32
+    program = tl.program_id(0)
+    batch = tl.program_id(1).to(tl.int64)
+    head = program % M
+    cell = program // M
+    points_ptr += batch * stride_pb + head * (L * P * 2)
+    weights_ptr += batch * stride_wb + head * (L * P)
+    grad_output_ptr += batch * num_queries * (M * D) + head * D
+    reference_ptr += batch * num_queries * (L * R)
+    valid_ptr += batch * (L * 2)
+    windows_ptr += (batch * tl.num_programs(0) + program) * (L * 3)
+    level_base = grad_value_ptr + batch * num_queries * (M * D) + head * D
+    for level in range(L):
+        height, width = level_size(level, levels, L)
+        if tl.load(windows_ptr + level * 3 + 2) > 0.0:
+            valid_height, valid_width = load_valid_size(
+                valid_ptr + level * 2, height, width, HAS_VALID_SIZES
+            )
+            origin_x = tl.load(windows_ptr + level * 3)
+            origin_y = tl.load(windows_ptr + level * 3 + 1)
+            side = tl.where(level < 2, SIDE, COARSE_SIDE)
+            query, inside = _fine_queries(cell // cells_across, cell % cells_across, levels)
+            _scatter_rest(
+                grad_output_ptr,
+                points_ptr,
+                weights_ptr,
+                reference_ptr,
+                query,
+                inside,
+                level_base,
+                level,
+                origin_x,
+                origin_y,
+                side,
+                height,
+                width,
+                valid_height,
+                valid_width,
+                stride_pq,
+                stride_wq,
+                M * D,
+                D,
+                L,
+                P,
+                R,
+                FINE,
+                GROUP,
+                PADDED_LP,
+                SPLIT_D,
+                SPLITS,
+            )
+            if L > 1:
+                query, inside = _coarse_queries(
+                    cell // cells_across, cell % cells_across, levels, L, COARSE
+                )
+                _scatter_rest(
+                    grad_output_ptr,
+                    points_ptr,
+                    weights_ptr,
+                    reference_ptr,
+                    query,
+                    inside,
+                    level_base,
+                    level,
+                    origin_x,
+                    origin_y,
+                    side,
+                    height,
+                    width,
+                    valid_height,
+                    valid_width,
+                    stride_pq,
+                    stride_wq,
+                    M * D,
+                    D,
+                    L,
+                    P,
+                    R,
+                    COARSE,
+                    GROUP,
+                    PADDED_LP,
+                    SPLIT_D,
+                    SPLITS,
+                )
+        level_base += (height * width).to(tl.int64) * (M * D)
