@@ -282,6 +282,12 @@ def _fused_backward_formula(ctx: Any, grad_output: Tensor) -> tuple[Tensor | Non
     )
 
 
+def _no_second_derivative(ctx: Any, *gradients: Tensor | None) -> None:
+    raise NotImplementedError(
+        "the kernels of deformable attention have no second derivative: use impl='reference'"
+    )
+
+
 def _autocast_forward(device_type: str) -> Any:
     """`value` in autocast's type; locations and weights keep theirs: coordinates need float32."""
 
@@ -346,3 +352,5 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "msdetr::ms_deform_attn_fused", _fused_backward_formula, setup_context=_save, lib=_LIBRARY
 )
+for _name in ("ms_deform_attn_backward", "ms_deform_attn_fused_backward"):
+    torch.library.register_autograd(f"msdetr::{_name}", _no_second_derivative, lib=_LIBRARY)

@@ -92,7 +92,7 @@ class TestOpWithAKernel:
     def test_a_request_that_cannot_be_served_says_why(self, monkeypatch):
         with pytest.raises(NotImplementedError, match="op: too wide"):
             resolve_impl("op", "triton", torch.device("cuda"), "too wide")
-        with pytest.raises(NotImplementedError, match="needs a CUDA device .* got cpu"):
+        with pytest.raises(NotImplementedError, match=r"needs a CUDA device .* got cpu"):
             resolve_impl("op", "triton", torch.device("cpu"))
         monkeypatch.setattr(dispatch, "_HAS_TRITON", False)
         with pytest.raises(NotImplementedError, match="Triton is not installed"):
