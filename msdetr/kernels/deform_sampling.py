@@ -167,14 +167,21 @@ def weight_of_logit(logits, highest):
 
 
 @triton.jit
+def clamp_position(x, size):
+    """`x` in pixels, between -2 and `size` + 1; NaN becomes -2."""
+    # Not a maximum: what becomes of NaN there is up to the hardware.
+    return tl.minimum(tl.where(x > -2.0, x, -2.0), size + 1.0)
+
+
+@triton.jit
 def split_pixel(x, y, height, width):
     """Pixel left and above of a position in pixels, and the fractions right and down of it.
 
-    Positions far outside, infinite or NaN (which max replaces) become positions just outside:
-    integers stay in range, fractions finite, and no pixel is within the map.
+    Positions far outside, infinite or NaN become positions just outside: integers stay in range,
+    fractions finite, and no pixel is within the map.
     """
-    x = tl.minimum(tl.maximum(x, -2.0), width.to(tl.float32) + 1.0)
-    y = tl.minimum(tl.maximum(y, -2.0), height.to(tl.float32) + 1.0)
+    x = clamp_position(x, width.to(tl.float32))
+    y = clamp_position(y, height.to(tl.float32))
     left = tl.floor(x)
     top = tl.floor(y)
     return left.to(tl.int32), top.to(tl.int32), x - left, y - top

@@ -23,6 +23,7 @@ from torch import Tensor
 from msdetr.kernels.ms_deform_attn_backward import points_kernel, value_kernel
 from msdetr.kernels.ms_deform_attn_configs import (
     DirectConfig,
+    Kernel,
     WindowConfig,
     tile_config,
     value_config,
@@ -50,6 +51,10 @@ class Points(NamedTuple):
     def reference_dim(self) -> int:
         """R of the module's docstring."""
         return 0 if self.reference is None else self.reference.shape[-1]
+
+    def strides(self) -> tuple[int, ...]:
+        """Elements per image and per query, of points and of weights."""
+        return (*self.points.stride()[:2], *self.weights.stride()[:2])
 
 
 class Sizes(NamedTuple):
@@ -98,37 +103,59 @@ def needs_wide_offsets(spatial_shapes: SpatialShapes, num_queries: int, *strides
     return max(rows, num_queries) * max(strides) >= 2**31
 
 
+class Plan(NamedTuple):
+    """How a direct kernel is launched: a function of sizes, kept between calls."""
+
+    programs: int
+    """Per image."""
+    constants: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_direct(
+    kernel: Kernel,
+    dtype: torch.dtype,
+    spatial_shapes: SpatialShapes,
+    batch: int,
+    queries: int,
+    sizes: Sizes,
+    wide: bool,
+) -> Plan:
+    """Tiles of a direct kernel, and the constants that it is compiled for."""
+    is_grid = queries == sum(height * width for height, width in spatial_shapes)
+    config = tile_config(kernel, dtype, sizes.D, batch * sizes.M * queries, is_grid=is_grid)
+    programs = sizes.M * count_tiles(spatial_shapes, queries, config.block_q, config.tile_x)
+    return Plan(programs, {**sizes._asdict(), "WIDE": wide, **tile_constants(config, sizes)})
+
+
 def forward(
     value: Tensor, spatial_shapes: SpatialShapes, points: Points, valid_sizes: Tensor | None
 ) -> Tensor:
     """[B, Q, M * D] from value [B, S, M, D], whose heads and channels are contiguous."""
-    batch, tokens, heads, head_dim = value.shape
+    batch, _, heads, head_dim = value.shape
     queries = points.points.shape[1]
     output = value.new_empty(batch, queries, heads * head_dim)
     if not output.numel():
         return output
-    sizes = _sizes(value, spatial_shapes, points, valid_sizes)
-    config = tile_config(
-        "forward", value.dtype, head_dim, batch * heads * queries, is_grid=queries == tokens
+    programs, constants = plan_direct(
+        "forward",
+        value.dtype,
+        spatial_shapes,
+        batch,
+        queries,
+        _sizes(value, spatial_shapes, points, valid_sizes),
+        _is_wide(value, spatial_shapes, points),
     )
-    programs = heads * count_tiles(spatial_shapes, queries, config.block_q, config.tile_x)
-    for part in _image_ranges(batch):
-        forward_kernel[(programs, part.stop - part.start)](
-            value[part],
-            points.points[part],
-            points.weights[part],
-            _or_any(points.reference, part, value),
-            _or_any(valid_sizes, part, value),
-            output[part],
+    tensors = (value, points.points, points.weights, points.reference, valid_sizes, output)
+    for part in _launches(batch, tensors):
+        forward_kernel[(programs, len(part[0]))](
+            *part,
             queries,
             value.stride(0),
             value.stride(1),
-            *points.points.stride()[:2],
-            *points.weights.stride()[:2],
+            *points.strides(),
             pack_levels(spatial_shapes),
-            **sizes._asdict(),
-            WIDE=_is_wide(value, spatial_shapes, points),
-            **_tile_constants(config, sizes),
+            **constants,
         )
     return output
 
@@ -148,44 +175,49 @@ def backward_points(
 
     `grad_points` and `grad_weights` have the shapes of `points`; `grad_output` is contiguous.
     """
-    batch, tokens, heads, head_dim = value.shape
+    batch, _, heads, _ = value.shape
     queries = points.points.shape[1]
     sizes = _sizes(value, spatial_shapes, points, valid_sizes)
     parts = None
     if need_reference:
-        shape = (heads, batch, queries, sizes.L, sizes.R)
+        # The part of each head; images first, so that a launch takes some of them.
+        shape = (batch, heads, queries, sizes.L, sizes.R)
         parts = value.new_empty(shape, dtype=torch.float32)
-    if grad_points.numel() and head_dim:
-        config = tile_config(
-            "points", value.dtype, head_dim, batch * heads * queries, is_grid=queries == tokens
+    if grad_points.numel():
+        programs, constants = plan_direct(
+            "points",
+            value.dtype,
+            spatial_shapes,
+            batch,
+            queries,
+            sizes,
+            _is_wide(value, spatial_shapes, points),
         )
-        programs = heads * count_tiles(spatial_shapes, queries, config.block_q, config.tile_x)
-        for part in _image_ranges(batch):
-            points_kernel[(programs, part.stop - part.start)](
-                grad_output[part],
-                value[part],
-                points.points[part],
-                points.weights[part],
-                _or_any(points.reference, part, value),
-                _or_any(valid_sizes, part, value),
-                grad_points[part],
-                grad_weights[part],
-                value if parts is None else parts[:, part],
+        tensors = (
+            grad_output,
+            value,
+            points.points,
+            points.weights,
+            points.reference,
+            valid_sizes,
+            grad_points,
+            grad_weights,
+            parts,
+        )
+        for part in _launches(batch, tensors):
+            points_kernel[(programs, len(part[0]))](
+                *part,
                 queries,
                 value.stride(0),
                 value.stride(1),
-                *points.points.stride()[:2],
-                *points.weights.stride()[:2],
+                *points.strides(),
                 *grad_points.stride()[:2],
                 *grad_weights.stride()[:2],
-                0 if parts is None else parts.stride(0),
                 pack_levels(spatial_shapes),
-                **sizes._asdict(),
-                WIDE=_is_wide(value, spatial_shapes, points),
+                **constants,
                 NEED_REFERENCE=need_reference,
-                **_tile_constants(config, sizes),
             )
-    return None if parts is None else parts.sum(0)
+    return None if parts is None else parts.sum(1)
 
 
 def backward_value(
@@ -200,11 +232,17 @@ def backward_value(
     """The gradient of `value`, contiguous and in its type; `grad_output` is contiguous."""
     batch, tokens, heads, head_dim = value.shape
     queries = points.points.shape[1]
-    sizes = _sizes(value, spatial_shapes, points, valid_sizes)
-    wide = _is_wide(value, spatial_shapes, points)
     if not grad_output.numel():
         return torch.zeros_like(value, memory_format=torch.contiguous_format)
-    config = value_config(
+    sizes = _sizes(value, spatial_shapes, points, valid_sizes)
+    wide = _is_wide(value, spatial_shapes, points)
+    total = torch.zeros(
+        value.shape,
+        dtype=torch.int64 if deterministic else torch.float32,
+        device=value.device,
+    )
+    tensors = (grad_output, points.points, points.weights, points.reference, valid_sizes, total)
+    windows = value_config(
         value.dtype,
         head_dim,
         batch * heads * queries,
@@ -212,43 +250,30 @@ def backward_value(
         is_grid=queries == tokens,
         can_window=sizes.R > 0 and not wide and not deterministic,
     )
-    if deterministic:
-        scale = _fixed_point_scale(grad_output, points)
-        total = torch.zeros(value.shape, dtype=torch.int64, device=value.device)
-    else:
-        scale = grad_output  # not read
-        total = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
-    for part in _image_ranges(batch):
-        arguments = (
-            grad_output[part],
-            points.points[part],
-            points.weights[part],
-            _or_any(points.reference, part, value),
-            _or_any(valid_sizes, part, value),
-            total[part],
-        )
-        strides = (*points.points.stride()[:2], *points.weights.stride()[:2])
-        if isinstance(config, WindowConfig):
-            _add_windows(config, arguments, strides, spatial_shapes, sizes, queries)
-            continue
-        programs = heads * count_tiles(spatial_shapes, queries, config.block_q, config.tile_x)
-        value_kernel[(programs, part.stop - part.start)](
-            *arguments,
-            scale,
+    if isinstance(windows, WindowConfig):
+        for part in _launches(batch, tensors):
+            _add_windows(windows, part, points.strides(), spatial_shapes, sizes, queries)
+        return total.to(value.dtype)
+
+    programs, constants = plan_direct(
+        "value", value.dtype, spatial_shapes, batch, queries, sizes, wide
+    )
+    scale = _fixed_point_scale(grad_output, points) if deterministic else None
+    for part in _launches(batch, tensors):
+        value_kernel[(programs, len(part[0]))](
+            *part,
+            grad_output if scale is None else scale,
             queries,
             tokens,
-            *strides,
+            *points.strides(),
             pack_levels(spatial_shapes),
-            **sizes._asdict(),
-            WIDE=wide,
+            **constants,
             FIXED_POINT=deterministic,
-            **_tile_constants(config, sizes),
         )
-    if deterministic:
-        # A gradient that is not finite has no fixed-point form: it makes the whole result NaN.
-        poison = scale * 0.0
-        return (total.to(torch.float64) / scale + poison).to(value.dtype)
-    return total.to(value.dtype)
+    if scale is None:
+        return total.to(value.dtype)
+    # A gradient that is not finite has no fixed-point form: its scale makes the whole result NaN.
+    return (total.to(torch.float64) / scale + scale * 0.0).to(value.dtype)
 
 
 def _add_windows(
@@ -335,7 +360,8 @@ def _next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _tile_constants(config: DirectConfig, sizes: Sizes) -> dict[str, Any]:
+def tile_constants(config: DirectConfig, sizes: Sizes) -> dict[str, Any]:
+    """Constants of a direct kernel that follow from its configuration."""
     return {
         "BLOCK_Q": config.block_q,
         "TILE_X": config.tile_x,
@@ -372,11 +398,16 @@ def _is_wide(value: Tensor, spatial_shapes: SpatialShapes, points: Points) -> bo
     )
 
 
-def _image_ranges(batch: int) -> Iterator[slice]:
+def _launches(batch: int, tensors: tuple[Tensor | None, ...]) -> Iterator[tuple[Tensor, ...]]:
+    """`tensors`, [B, ...] each, cut so that a grid can count the images; mostly, as they are.
+
+    A pointer that a kernel does not read has to be some tensor all the same: the first.
+    """
+    first = tensors[0]
+    assert first is not None
+    present = tuple(first if tensor is None else tensor for tensor in tensors)
+    if batch <= _MAX_GRID_Y:
+        yield present
+        return
     for start in range(0, batch, _MAX_GRID_Y):
-        yield slice(start, min(start + _MAX_GRID_Y, batch))
-
-
-def _or_any(tensor: Tensor | None, part: slice, stand_in: Tensor) -> Tensor:
-    """A pointer argument that the kernel does not read has to be some tensor all the same."""
-    return stand_in if tensor is None else tensor[part]
+        yield tuple(tensor[start : start + _MAX_GRID_Y] for tensor in present)

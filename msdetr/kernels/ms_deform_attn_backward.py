@@ -128,7 +128,7 @@ def points_kernel(
     valid_ptr,  # [B, L, 2] (height, width) where HAS_VALID_SIZES
     grad_points_ptr,  # as points_ptr
     grad_weights_ptr,  # as weights_ptr
-    grad_reference_ptr,  # [M, B, Q, L, R] float32, one part per head, where NEED_REFERENCE
+    grad_reference_ptr,  # [B, M, Q, L, R] float32, one part per head, where NEED_REFERENCE
     num_queries,
     stride_vb,
     stride_vs,
@@ -140,7 +140,6 @@ def points_kernel(
     stride_gpq,
     stride_gwb,
     stride_gwq,
-    stride_gr,
     levels,
     M: tl.constexpr,
     D: tl.constexpr,
@@ -269,8 +268,8 @@ def points_kernel(
                 grad_w = grad_w.to(grad_weights_ptr.dtype.element_ty)
                 tl.store(grad_weights + level * P + k, grad_w, mask=mask)
         if NEED_REFERENCE:
-            part = grad_reference_ptr + head.to(tl.int64) * stride_gr
-            part += (image_query * L + level) * R
+            part = grad_reference_ptr + (batch * M + head) * num_queries * (L * R)
+            part += (query * L + level) * R
             tl.store(part, sum_x * float_width, mask=in_tile)
             tl.store(part + 1, sum_y * float_height, mask=in_tile)
             if R == 4:

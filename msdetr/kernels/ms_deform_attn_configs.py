@@ -1,14 +1,16 @@
 """How the deformable attention kernels are launched: a table per architecture, else a rule.
 
 The table (`ms_deform_attn_configs.json`) holds what `python -m benchmarks.tune_ms_deform_attn`
-measured. For a case that it lacks, the rule picks tiles by their generated code: 16 bytes per load,
+measured; an empty configuration of windows says that sums without windows were faster. For a case that it lacks, the rule picks tiles by their generated code: 16 bytes per load,
 as many queries per warp as registers allow.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +24,9 @@ FEW_ROWS = 64 * 1024
 there are enough of them."""
 
 Kernel = Literal["forward", "points", "value"]
+
+_overrides: dict[str, dict[str, Any]] = {}
+"""Configurations by kernel ("windows" is one, too) that go before the table."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +98,10 @@ def value_config(
     fits = num_points <= 4 and 16 <= head_dim <= 64 and head_dim % 16 == 0
     if can_window and is_grid and fits:
         found = _lookup("windows", dtype, head_dim, "grid")
-        if found is not None:
+        if found:
             rest = DirectConfig(**found.pop("rest"))
             return WindowConfig(**found, rest=rest)
-        if dtype == torch.bfloat16:  # elsewhere three products instead of two, and spills
+        if found is None and dtype == torch.bfloat16:  # elsewhere three products instead of two, and spills
             return default_windows(head_dim)
     return tile_config("value", dtype, head_dim, num_rows, is_grid=is_grid)
 
@@ -122,6 +127,30 @@ def default_config(kernel: Kernel, dtype: torch.dtype, head_dim: int, queries: s
     return DirectConfig(block_q=block_q, tile_x=tile_x, split_d=split_d, num_warps=num_warps)
 
 
+@contextlib.contextmanager
+def override(configs: Mapping[str, dict[str, Any]]) -> Iterator[None]:
+    """Let lookups of some kernels find these configurations, as rows of the table hold them.
+
+    Whoever keeps what it was told before has to forget it, at the beginning and at the end.
+    """
+    before = dict(_overrides)
+    _overrides.update(configs)
+    forget()
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(before)
+        forget()
+
+
+def forget() -> None:
+    """Read the table anew, and decide anew."""
+    _table.cache_clear()
+    tile_config.cache_clear()
+    value_config.cache_clear()
+
+
 def architecture() -> str:
     """The table's name of the current device: `sm_90`, or `other` where it is not NVIDIA's."""
     if not torch.cuda.is_available() or torch.version.hip:
@@ -131,6 +160,8 @@ def architecture() -> str:
 
 
 def _lookup(kernel: str, dtype: torch.dtype, head_dim: int, queries: str) -> dict[str, Any] | None:
+    if kernel in _overrides:
+        return dict(_overrides[kernel])
     key = (architecture(), kernel, str(dtype).removeprefix("torch."), head_dim, queries)
     found = _table().get(key)
     return None if found is None else dict(found)

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from msdetr.kernels.deform_sampling import (
+    clamp_position,
     columns,
     level_size,
     load_logits,
@@ -226,8 +227,8 @@ def _positions(
     for i in tl.static_range(P):
         x = xs[i] * step_x + x0
         y = ys[i] * step_y + y0
-        xs_in = xs_in + (tl.minimum(tl.maximum(x, -2.0), float_width + 1.0),)
-        ys_in = ys_in + (tl.minimum(tl.maximum(y, -2.0), float_height + 1.0),)
+        xs_in = xs_in + (clamp_position(x, float_width),)
+        ys_in = ys_in + (clamp_position(y, float_height),)
     return xs_in, ys_in, ws
 
 
