@@ -35,6 +35,7 @@ demo: $(VENV)/.installed  ## train a small MS-DETR on synthetic images, evaluate
 
 test: $(VENV)/.installed-dev  ## run the test suite
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -q tests/parity -k msda --impl triton
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .
