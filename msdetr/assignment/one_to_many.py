@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from msdetr.config import AssignmentConfig
+from msdetr.ops.dispatch import Impl
 from msdetr.ops.one_to_many import one_to_many
 from msdetr.structures import Assignment, Predictions, Targets
 
@@ -19,6 +20,7 @@ def assign_one_to_many(
     priority: Tensor | None = None,
     generator: torch.Generator | None = None,
     one_to_one: Assignment | None = None,
+    impl: Impl = "auto",
 ) -> Assignment:
     """Match each target with up to k queries, in every layer and image.
 
@@ -32,6 +34,7 @@ def assign_one_to_many(
         priority: [N, B, Q] or [B, Q]; which positives are kept (default: drawn from `generator`).
         generator: on the device of the predictions; None uses the global one.
         one_to_one: with `indices_merge`, the assignment of the other branch.
+        impl: see `msdetr.ops.dispatch`.
 
     Returns:
         An assignment with k places per target. With `indices_merge`, k + 1: the last is the
@@ -54,6 +57,7 @@ def assign_one_to_many(
         positive_fraction=config.positive_fraction,
         cost_box=config.one_to_many_cost_box,
         cost_class=config.one_to_many_cost_class,
+        impl=impl,
     )
     num_queries = logits.shape[2]
     target = _winning_target(pairs.query_index, pairs.score, num_queries)  # [N, B, Q], T: none

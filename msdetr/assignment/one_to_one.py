@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from msdetr.ops.dispatch import Impl
 from msdetr.ops.linear_assignment import linear_assignment
 from msdetr.ops.matching_cost import matching_cost
 from msdetr.structures import Assignment, Targets
@@ -19,6 +20,7 @@ def assign_one_to_one(
     cost_class: float,
     cost_bbox: float,
     cost_giou: float,
+    impl: Impl = "auto",
 ) -> Assignment:
     """Match each target with one query, in every layer and image.
 
@@ -27,6 +29,7 @@ def assign_one_to_one(
         boxes: [N, B, Q, 4] cxcywh
         targets: T slots.
         cost_class, cost_bbox, cost_giou: see `msdetr.ops.matching_cost`.
+        impl: see `msdetr.ops.dispatch`.
 
     Returns:
         An assignment with one place per target.
@@ -39,8 +42,11 @@ def assign_one_to_one(
         cost_class=cost_class,
         cost_bbox=cost_bbox,
         cost_giou=cost_giou,
+        impl=impl,
     )
-    query_index, matched = linear_assignment(cost.flatten(0, 1), targets.count.repeat(num_layers))
+    query_index, matched = linear_assignment(
+        cost.flatten(0, 1), targets.count.repeat(num_layers), impl=impl
+    )
     query_index = query_index.unflatten(0, (num_layers, batch))
     matched = matched.unflatten(0, (num_layers, batch))
     # One slot more than there are queries takes what unmatched targets would write.

@@ -1,8 +1,9 @@
 """How the deformable attention kernels are launched: a table per architecture, else a rule.
 
 The table (`ms_deform_attn_configs.json`) holds what `python -m benchmarks.tune_ms_deform_attn`
-measured; an empty configuration of windows says that sums without windows were faster. For a case that it lacks, the rule picks tiles by their generated code: 16 bytes per load,
-as many queries per warp as registers allow.
+measured; an empty configuration of windows says that they are slower there than none. For a case
+that it lacks, the rule picks tiles by their generated code: 16 bytes per load, as many queries per
+warp as registers allow.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ there are enough of them."""
 Kernel = Literal["forward", "points", "value"]
 
 _overrides: dict[str, dict[str, Any]] = {}
-"""Configurations by kernel ("windows" is one, too) that go before the table."""
+"""Configurations that go before the table; "windows" counts as a kernel, as there."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def value_config(
         if found:
             rest = DirectConfig(**found.pop("rest"))
             return WindowConfig(**found, rest=rest)
-        if found is None and dtype == torch.bfloat16:  # elsewhere three products instead of two, and spills
+        # Of other types the product takes three parts instead of two, and registers spill.
+        if found is None and dtype == torch.bfloat16:
             return default_windows(head_dim)
     return tile_config("value", dtype, head_dim, num_rows, is_grid=is_grid)
 
@@ -129,9 +131,9 @@ def default_config(kernel: Kernel, dtype: torch.dtype, head_dim: int, queries: s
 
 @contextlib.contextmanager
 def override(configs: Mapping[str, dict[str, Any]]) -> Iterator[None]:
-    """Let lookups of some kernels find these configurations, as rows of the table hold them.
+    """Let every lookup of these kernels find these configurations, in the form of the table's rows.
 
-    Whoever keeps what it was told before has to forget it, at the beginning and at the end.
+    A launcher that keeps what it found has to forget it, too: before, and after.
     """
     before = dict(_overrides)
     _overrides.update(configs)

@@ -15,7 +15,16 @@ import torch
 Impl = Literal["auto", "reference", "triton"]
 """`reference` is plain PyTorch on any device, `triton` a kernel, `auto` the best there is."""
 
-_KERNELS: frozenset[str] = frozenset({"ms_deform_attn", "ms_deform_attn_fused"})
+_KERNELS: frozenset[str] = frozenset(
+    {
+        "focal_loss",
+        "linear_assignment",
+        "matching_cost",
+        "ms_deform_attn",
+        "ms_deform_attn_fused",
+        "one_to_many",
+    }
+)
 """Ops that have a Triton kernel."""
 
 

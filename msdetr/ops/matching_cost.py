@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,12 @@ FOCAL_ALPHA = 0.25
 FOCAL_GAMMA = 2.0
 WORST_COST = 1e6
 """Stands for a cost that is not finite, so that a solver ranks the pair last."""
+
+_LIBRARY = torch.library.Library("msdetr", "FRAGMENT")
+_LIBRARY.define(
+    "matching_cost(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor count, "
+    "float cost_class, float cost_bbox, float cost_giou) -> Tensor"
+)
 
 
 def matching_cost(
@@ -37,9 +45,20 @@ def matching_cost(
         impl: see `msdetr.ops.dispatch`.
 
     Returns:
-        [N, B, Q, T], float32 at least, always finite.
+        [N, B, Q, T], float32 at least, always finite. From the kernel a view of [N, B, T, Q], in
+        which the costs of a target are contiguous.
+
+    Raises:
+        NotImplementedError: `impl` is "triton" and the boxes are float64.
     """
-    resolve_impl("matching_cost", impl)
+    unsupported = None
+    if boxes.dtype == torch.float64:
+        unsupported = "the kernel computes in float32, got float64 boxes"
+    if resolve_impl("matching_cost", impl, boxes.device, unsupported) == "triton":
+        cost: Tensor = torch.ops.msdetr.matching_cost(
+            logits.detach(), boxes.detach(), *targets, cost_class, cost_bbox, cost_giou
+        )
+        return cost.transpose(2, 3)
     boxes = at_least_float32(boxes)
     target_boxes = targets.boxes.to(boxes.dtype)
     l1 = sum(
@@ -58,3 +77,39 @@ def _focal_cost(logits: Tensor) -> Tensor:
     positive = (1 - probability) ** FOCAL_GAMMA * -(probability + 1e-8).log()
     negative = probability**FOCAL_GAMMA * -(1 - probability + 1e-8).log()
     return FOCAL_ALPHA * positive - (1 - FOCAL_ALPHA) * negative
+
+
+def _kernel(
+    logits: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    target_boxes: Tensor,
+    count: Tensor,
+    cost_class: float,
+    cost_bbox: float,
+    cost_giou: float,
+) -> Tensor:
+    from msdetr.kernels import matching_cost as kernel
+
+    return kernel.matching_cost(
+        logits.contiguous(),
+        boxes.contiguous(),
+        labels.contiguous(),
+        target_boxes.contiguous(),
+        count.contiguous(),
+        cost_class=cost_class,
+        cost_bbox=cost_bbox,
+        cost_giou=cost_giou,
+        alpha=FOCAL_ALPHA,
+        worst=WORST_COST,
+    )
+
+
+def _fake(logits: Tensor, boxes: Tensor, labels: Tensor, *rest: Any) -> Tensor:
+    layers, batch, queries, _ = boxes.shape
+    return boxes.new_empty((layers, batch, labels.shape[1], queries), dtype=torch.float32)
+
+
+for _key in ("CPU", "CUDA"):
+    _LIBRARY.impl("matching_cost", _kernel, _key)
+torch.library.register_fake("msdetr::matching_cost", _fake, lib=_LIBRARY)

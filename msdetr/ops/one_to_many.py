@@ -6,7 +6,7 @@ query, and each target then takes as many of its best queries as went to it, k a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,16 @@ from msdetr.structures import Targets
 
 WORST_SCORE = -1.0
 """Stands for a score that is not finite, below any score."""
+
+
+_MAX_QUERIES = 16384  # A program of the kernel holds a row of scores.
+
+_LIBRARY = torch.library.Library("msdetr", "FRAGMENT")
+_LIBRARY.define(
+    "one_to_many(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor count, "
+    "Tensor priority, int k, float threshold, int limit, float cost_box, float cost_class) "
+    "-> (Tensor, Tensor, Tensor)"
+)
 
 
 class OneToMany(NamedTuple):
@@ -65,11 +75,33 @@ def one_to_many(
 
     Returns:
         Pairs with k = min(k, Q) places per target.
+
+    Raises:
+        NotImplementedError: `impl` is "triton" and the kernel cannot serve the arguments.
     """
-    resolve_impl("one_to_many", impl)
     num_layers, batch, queries, _ = logits.shape
     slots = targets.labels.shape[1]
     k = min(k, queries)
+    limit = int(positive_fraction * queries)
+    unsupported = None
+    if boxes.dtype == torch.float64:
+        unsupported = "the kernel computes in float32, got float64 boxes"
+    elif queries > _MAX_QUERIES:
+        unsupported = f"the kernel takes up to {_MAX_QUERIES} queries, got {queries}"
+    if resolve_impl("one_to_many", impl, boxes.device, unsupported) == "triton":
+        return OneToMany(
+            *torch.ops.msdetr.one_to_many(
+                logits.detach(),
+                boxes.detach(),
+                *targets,
+                priority,
+                k,
+                threshold,
+                limit,
+                cost_box,
+                cost_class,
+            )
+        )
     score = _score(logits, boxes, targets, cost_box, cost_class)  # [N, B, T, Q]
     if not slots:
         nothing = torch.zeros(num_layers, batch, 0, k, dtype=torch.int64, device=score.device)
@@ -82,7 +114,7 @@ def one_to_many(
         2, best_query, targets.mask.expand_as(best_query).long()
     )
     positive = (best_score >= threshold) | (is_best > 0)
-    kept = positive & _lowest(priority, positive, int(positive_fraction * queries))
+    kept = positive & _lowest(priority, positive, limit)
 
     count = torch.zeros_like(best_query).scatter_add_(2, best_target, kept.long())  # [N, B, T]
     top_score, top_query = _top_k(score, k)
@@ -125,3 +157,51 @@ def _top_k(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
         scores.append(best.values)
         indices.append(best.indices)
     return torch.cat(scores, dim=-1), torch.cat(indices, dim=-1)
+
+
+def _kernel(
+    logits: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    target_boxes: Tensor,
+    count: Tensor,
+    priority: Tensor,
+    k: int,
+    threshold: float,
+    limit: int,
+    cost_box: float,
+    cost_class: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from msdetr.kernels import one_to_many as kernel
+
+    return kernel.one_to_many(
+        logits.contiguous(),
+        boxes.contiguous(),
+        labels.contiguous(),
+        target_boxes.contiguous(),
+        count.contiguous(),
+        priority.float().contiguous(),
+        k=k,
+        threshold=threshold,
+        limit=limit,
+        cost_box=cost_box,
+        cost_class=cost_class,
+        worst=WORST_SCORE,
+    )
+
+
+def _fake(
+    logits: Tensor, boxes: Tensor, labels: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    k = rest[3]
+    shape = (*logits.shape[:2], labels.shape[1], k)
+    return (
+        logits.new_empty(shape, dtype=torch.int64),
+        logits.new_empty(shape, dtype=torch.bool),
+        logits.new_empty(shape, dtype=torch.float32),
+    )
+
+
+for _key in ("CPU", "CUDA"):
+    _LIBRARY.impl("one_to_many", _kernel, _key)
+torch.library.register_fake("msdetr::one_to_many", _fake, lib=_LIBRARY)

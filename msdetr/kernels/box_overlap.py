@@ -1,0 +1,41 @@
+"""Device functions on boxes, as in `msdetr.boxes`: safe on degenerate boxes."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_SMALLEST_AREA = tl.constexpr(1e-30)
+
+
+@triton.jit
+def load_corners(pointer, mask):
+    """(x0, y0, x1, y1) in float32 of boxes (cxcywh) at `pointer`."""
+    x = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(pointer + 1, mask=mask, other=0.0).to(tl.float32)
+    width = tl.load(pointer + 2, mask=mask, other=0.0).to(tl.float32)
+    height = tl.load(pointer + 3, mask=mask, other=0.0).to(tl.float32)
+    return x - 0.5 * width, y - 0.5 * height, x + 0.5 * width, y + 0.5 * height
+
+
+@triton.jit
+def intersection_and_union(ax0, ay0, ax1, ay1, bx0, by0, bx1, by1):
+    """Areas, of corner boxes."""
+    width = tl.maximum(tl.minimum(ax1, bx1) - tl.maximum(ax0, bx0), 0.0)
+    height = tl.maximum(tl.minimum(ay1, by1) - tl.maximum(ay0, by0), 0.0)
+    intersection = width * height
+    area_a = (ax1 - ax0) * (ay1 - ay0)
+    area_b = (bx1 - bx0) * (by1 - by0)
+    return intersection, area_a + area_b - intersection
+
+
+@triton.jit
+def quotient(part, area):
+    """part / area, rounded to nearest; areas below the smallest count as 1."""
+    return tl.div_rn(part, tl.where(area > _SMALLEST_AREA, area, 1.0))
+
+
+@triton.jit
+def is_finite(x):
+    """Whether x is neither NaN nor infinite."""
+    return tl.abs(x) < float("inf")

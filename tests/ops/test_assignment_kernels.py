@@ -1,0 +1,391 @@
+"""The kernels of assignment against their references: matching cost, linear assignment (SciPy) and
+one-to-many. On a GPU where there is one, else in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from assignment.scenes import Scene, padded_targets, random_scene, with_garbage_padding
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from msdetr.ops.linear_assignment import linear_assignment
+from msdetr.ops.matching_cost import WORST_COST, matching_cost
+from msdetr.ops.one_to_many import OneToMany, one_to_many
+from msdetr.structures import Targets
+
+pytest.importorskip("triton")
+
+COSTS = {"cost_class": 2.0, "cost_bbox": 5.0, "cost_giou": 2.0}
+OPTIONS = {"k": 3, "threshold": 0.4, "positive_fraction": 0.5}
+FEW = settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+def moved(scene: Scene, device: torch.device) -> Scene:
+    targets = Targets(*(field.to(device) for field in scene.targets))
+    return Scene(scene.logits.to(device), scene.boxes.to(device), targets)
+
+
+class TestMatchingCost:
+    def check(self, scene: Scene, device: torch.device, **costs: float) -> Tensor:
+        """Compare with float64, in the slots that hold targets."""
+        found = matching_cost(*moved(scene, device), **costs, impl="triton").cpu()
+        exact = matching_cost(
+            scene.logits.double(),
+            scene.boxes.double(),
+            scene.targets._replace(boxes=scene.targets.boxes.double()),
+            **costs,
+        )
+        filled = scene.targets.mask[:, None].expand_as(exact[0])
+        assert found.dtype == torch.float32
+        assert found.shape == exact.shape
+        assert found.isfinite().all()
+        torch.testing.assert_close(found[:, filled], exact[:, filled].float(), rtol=2e-5, atol=2e-5)
+        return found
+
+    @pytest.mark.parametrize(
+        "change",
+        [{}, {"cost_class": 0.0}, {"cost_bbox": 0.0}, {"cost_giou": 0.0}, {"cost_class": 7.0}],
+    )
+    def test_equals_the_reference(self, kernel_device, change):
+        self.check(random_scene((3, 0, 4), queries=7), kernel_device, **COSTS | change)
+
+    def test_more_queries_than_a_block(self, kernel_device):
+        self.check(random_scene((2,), layers=1, queries=300), kernel_device, **COSTS)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision(self, kernel_device, dtype):
+        scene = random_scene((3, 2))
+        self.check(
+            scene._replace(logits=scene.logits.to(dtype), boxes=scene.boxes.to(dtype)),
+            kernel_device,
+            **COSTS,
+        )
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
+    @pytest.mark.parametrize("place", ["logits", "boxes"])
+    def test_always_finite(self, kernel_device, bad, place):
+        scene = random_scene((3, 2), empty_slots=0)
+        getattr(scene, place)[:, :, 5] = bad
+        found = matching_cost(*moved(scene, kernel_device), **COSTS, impl="triton").cpu()
+        assert found.isfinite().all()
+        if place == "boxes" or bad != bad:
+            filled = scene.targets.mask[None].expand(2, -1, -1)
+            assert (found[:, :, 5][filled] >= WORST_COST).all()
+
+    def test_degenerate_boxes(self, kernel_device):
+        scene = random_scene((3, 2))
+        scene.boxes[:, :, ::2, 2:] = 0.0
+        scene.targets.boxes[:, 0, 2:] = 0.0
+        self.check(scene, kernel_device, **COSTS)
+
+    def test_without_class_cost_the_logits_are_not_read(self, kernel_device):
+        scene = random_scene((3, 2))
+        scene.logits.fill_(float("nan"))
+        self.check(scene, kernel_device, **COSTS | {"cost_class": 0.0})
+
+    def test_strided_and_empty(self, kernel_device):
+        scene = random_scene((3, 2))
+        strided = scene._replace(
+            boxes=scene.boxes.transpose(1, 2).contiguous().transpose(1, 2),
+            logits=scene.logits.transpose(0, 3).contiguous().transpose(0, 3),
+        )
+        expected = self.check(scene, kernel_device, **COSTS)
+        assert torch.equal(self.check(strided, kernel_device, **COSTS), expected)
+        scene = moved(random_scene((0, 0), empty_slots=0), kernel_device)
+        assert matching_cost(*scene, **COSTS, impl="triton").shape == (2, 2, 12, 0)
+
+    def test_float64_is_refused(self, kernel_device):
+        scene = moved(random_scene((3, 2), dtype=torch.float64), kernel_device)
+        with pytest.raises(NotImplementedError, match="float64 boxes"):
+            matching_cost(*scene, **COSTS, impl="triton")
+
+
+def check_assignment(cost: Tensor, count: Tensor, device: torch.device, *, unique: bool) -> None:
+    """The kernel's result is an assignment of SciPy's cost; the very pairs if they are unique."""
+    query_index, matched = (
+        x.cpu() for x in linear_assignment(cost.to(device), count.to(device), impl="triton")
+    )
+    expected_index, expected_matched = linear_assignment(cost, count, impl="reference")
+    assert query_index.shape == expected_index.shape
+    assert query_index.dtype == torch.int64
+    if unique:
+        assert torch.equal(query_index, expected_index)
+        assert torch.equal(matched, expected_matched)
+        return
+    assert torch.equal(matched.sum(1), expected_matched.sum(1))
+    assert not query_index[~matched].any()
+    for problem, targets in enumerate(count.tolist()):
+        mine = matched[problem]
+        assert not mine[targets:].any()
+        chosen = query_index[problem, mine]
+        assert len(chosen.unique()) == len(chosen)
+        total = cost[problem, chosen, mine.nonzero()[:, 0]].double().sum().item()
+        rows, columns = linear_sum_assignment(cost[problem, :, :targets].numpy())
+        assert total == pytest.approx(
+            cost[problem].double()[rows, columns].sum().item(), rel=1e-9, abs=1e-9
+        )
+
+
+class TestLinearAssignment:
+    @FEW
+    @given(data=st.data())
+    def test_random_problems(self, kernel_device, data):
+        queries, slots = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
+        generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+        cost = torch.randn(8, queries, slots, generator=generator)
+        count = torch.randint(slots + 1, (8,), generator=generator)
+        check_assignment(cost, count, kernel_device, unique=True)
+
+    @FEW
+    @given(data=st.data())
+    def test_ties(self, kernel_device, data):
+        queries, slots = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 8))
+        generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+        cost = torch.randint(3, (8, queries, slots), generator=generator).float()
+        count = torch.randint(slots + 1, (8,), generator=generator)
+        check_assignment(cost, count, kernel_device, unique=False)
+
+    @pytest.mark.parametrize(
+        ("queries", "slots", "count"),
+        [
+            (1, 1, [1, 0]),
+            (6, 6, [6, 6]),
+            (3, 7, [7, 3, 2, 0]),  # more targets than queries, and not
+            (1, 5, [5, 1]),
+            (300, 20, [20, 7]),
+            (2500, 3, [3]),  # more columns than a block
+        ],
+    )
+    def test_shapes(self, kernel_device, queries, slots, count):
+        cost = torch.randn(len(count), queries, slots)
+        check_assignment(cost, torch.tensor(count), kernel_device, unique=True)
+
+    def test_rivals_for_the_same_queries(self, kernel_device):
+        """All targets rank the queries alike: every search passes all that came before."""
+        cost = torch.arange(24.0)[:, None] * torch.linspace(1.0, 2.0, 20)[None]
+        cost = cost + 0.01 * torch.rand(2, 24, 20)
+        check_assignment(cost, torch.tensor([20, 11]), kernel_device, unique=True)
+
+    def test_large_and_close_costs(self, kernel_device):
+        cost = torch.rand(2, 12, 6) * 1e-6 + 1e3
+        cost[0, 3] = 1e6
+        check_assignment(cost, torch.tensor([6, 4]), kernel_device, unique=False)
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+    def test_costs_that_are_not_finite_come_to_an_end(self, kernel_device, bad):
+        cost = torch.randn(2, 5, 3)
+        cost[0] = bad
+        cost[1, 2] = bad
+        count = torch.tensor([3, 3], device=kernel_device)
+        query_index, matched = linear_assignment(cost.to(kernel_device), count, impl="triton")
+        assert matched.all()
+        assert len(query_index[0].unique()) == len(query_index[1].unique()) == 3
+        if bad != -float("inf"):
+            assert 2 not in query_index[1].tolist()
+
+    @pytest.mark.parametrize(("problems", "queries", "slots"), [(2, 3, 0), (0, 3, 2), (2, 0, 2)])
+    def test_nothing_to_assign(self, kernel_device, problems, queries, slots):
+        cost = torch.zeros(problems, queries, slots, device=kernel_device)
+        count = torch.zeros(problems, dtype=torch.int64, device=kernel_device) + min(slots, 2)
+        query_index, matched = linear_assignment(cost, count, impl="triton")
+        assert query_index.shape == matched.shape == (problems, slots)
+        assert not matched.any()
+
+    def test_empty_slots_and_strides_do_not_matter(self, kernel_device):
+        cost, count = torch.rand(3, 6, 5), torch.tensor([5, 2, 0])
+        check_assignment(cost.permute(0, 2, 1)[:, :5].contiguous().mT, count, kernel_device,
+                         unique=True)  # fmt: skip
+        expected = linear_assignment(cost, count, impl="reference")
+        cost[1, :, 2:] = -1e9
+        cost[2] = float("nan")
+        found = linear_assignment(cost.to(kernel_device), count.to(kernel_device), impl="triton")
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
+
+    @pytest.mark.gpu
+    def test_thousands_of_problems(self, kernel_device):
+        for queries, slots in ((300, 20), (900, 100), (4000, 1000), (22223, 100), (50, 80)):
+            problems = 8 if slots == 1000 else 500 if queries <= 900 else 16
+            cost = torch.randn(problems, queries, slots)
+            count = torch.randint(slots + 1, (problems,))
+            check_assignment(cost, count, kernel_device, unique=True)
+        cost = torch.randint(4, (2000, 30, 20)).float()
+        check_assignment(cost, torch.randint(21, (2000,)), kernel_device, unique=False)
+
+
+def pairs_of(impl: str, scene: Scene, priority: Tensor, device: torch.device, **options: Any):
+    scene = moved(scene, device)
+    pairs = one_to_many(*scene, priority.to(device), **options, impl=impl)
+    return OneToMany(*(x.cpu() for x in pairs))
+
+
+def check_pairs(scene: Scene, priority: Tensor, device: torch.device, **options: Any) -> OneToMany:
+    found = pairs_of("triton", scene, priority, device, **options)
+    expected = pairs_of("reference", scene, priority, torch.device("cpu"), **options)
+    assert torch.equal(found.mask, expected.mask)
+    assert torch.equal(found.query_index, expected.query_index)
+    torch.testing.assert_close(found.score, expected.score, rtol=1e-6, atol=1e-6)
+    return found
+
+
+def tied_scene(seed: int, counts: tuple[int, ...], queries: int) -> Scene:
+    """Few different boxes and logits, whose scores are equal bit for bit where they are equal."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(values: list, *shape: int) -> Tensor:
+        return torch.tensor(values)[torch.randint(len(values), shape, generator=generator)]
+
+    boxes = [[0.25, 0.25, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0], [0.5, 0.25, 0.5, 0.5], [0.75] * 4]
+    targets = padded_targets(
+        [choose([0, 1], count) for count in counts],
+        [choose(boxes[:3], count) for count in counts],
+        slots=max(counts) + 1,
+    )
+    logits = choose([-1e4, 0.0, 0.0, 1e4], 2, len(counts), queries, 2)
+    return Scene(logits, choose(boxes, 2, len(counts), queries), targets)
+
+
+class TestOneToMany:
+    @FEW
+    @given(
+        seed=st.integers(0, 2**31),
+        counts=st.lists(st.integers(0, 5), min_size=1, max_size=3),
+        queries=st.integers(1, 9),
+        k=st.integers(1, 10),
+        threshold=st.sampled_from((0.0, 0.15, 0.3, 0.4, 1.0, 2.0)),
+        positive_fraction=st.sampled_from((0.0, 0.25, 0.5, 1.0)),
+        equal_priorities=st.booleans(),
+    )
+    def test_scenes_full_of_ties(
+        self,
+        kernel_device,
+        seed,
+        counts,
+        queries,
+        k,
+        threshold,
+        positive_fraction,
+        equal_priorities,
+    ):
+        scene = tied_scene(seed, tuple(counts), queries)
+        priority = torch.rand(2, len(counts), queries)
+        if equal_priorities:
+            priority = (priority * 2).round() - 1  # negative ones, zeros of both signs
+        options = {"k": k, "threshold": threshold, "positive_fraction": positive_fraction}
+        check_pairs(scene, priority, kernel_device, **options)
+
+    @pytest.mark.parametrize(
+        ("counts", "queries", "options"),
+        [
+            ((3, 0, 5), 16, {}),
+            ((14, 2), 5, {}),  # more targets than queries
+            ((2, 3), 2, {"k": 6}),  # fewer queries than k
+            ((4, 4), 20, {"k": 6, "positive_fraction": 0.25}),
+            ((4, 4), 20, {"k": 6, "positive_fraction": 1.0}),
+            ((4, 4), 20, {"threshold": 0.9}),
+            ((4, 4), 20, {"threshold": 0.0}),
+            ((40,), 300, {"k": 6, "positive_fraction": 0.05}),  # a crowd, and a draw
+        ],
+    )
+    def test_random_scenes(self, kernel_device, counts, queries, options):
+        scene = random_scene(counts, queries=queries)
+        priority = torch.rand(len(counts), queries)
+        found = check_pairs(scene, priority, kernel_device, **OPTIONS | options)
+        assert found.mask.any()
+
+    def test_iou_at_the_threshold(self, kernel_device):
+        """A score that reaches the threshold exactly is positive, one below it by a bit is not."""
+        box = torch.tensor([0.5, 0.5, 0.25, 0.25])
+        targets = padded_targets([torch.tensor([0])], [box[None]], slots=2)
+        scene = Scene(torch.zeros(1, 1, 3, 1), box.expand(1, 1, 3, 4), targets)
+        options = {"k": 3, "positive_fraction": 1.0}
+        at = pairs_of("triton", scene, torch.zeros(1, 3), kernel_device, threshold=-1.0, **options)
+        at = at.score[0, 0, 0, 0]
+        for threshold, positives in ((at, 3), (at.nextafter(torch.tensor(2.0)), 1)):
+            pairs = check_pairs(
+                scene, torch.zeros(1, 3), kernel_device, threshold=threshold.item(), **options
+            )
+            assert pairs.mask.sum() == positives
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("place", ["logits", "boxes"])
+    def test_predictions_that_are_not_finite(self, kernel_device, bad, place):
+        scene = random_scene((3, 0, 2), queries=8)
+        getattr(scene, place)[:, 1:, [1, 4, 6]] = bad
+        options = OPTIONS | {"k": 8, "threshold": -2.0, "positive_fraction": 1.0}
+        check_pairs(scene, torch.rand(3, 8), kernel_device, **options)
+
+    @pytest.mark.parametrize("value", [None, float("nan")])
+    def test_empty_slots_do_not_matter(self, kernel_device, value):
+        scene = random_scene((4, 0, 2), empty_slots=3)
+        priority = torch.rand(2, 3, 12)
+        garbage = scene._replace(targets=with_garbage_padding(scene.targets, 3, value))
+        expected = check_pairs(scene, priority, kernel_device, **OPTIONS)
+        found = check_pairs(garbage, priority, kernel_device, **OPTIONS)
+        assert all(map(torch.equal, found, expected))
+
+    def test_nothing(self, kernel_device):
+        check_pairs(random_scene((0, 0)), torch.rand(2, 12), kernel_device, **OPTIONS)
+        check_pairs(
+            random_scene((0, 0), empty_slots=0), torch.rand(2, 12), kernel_device, **OPTIONS
+        )
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_logits(self, kernel_device, dtype):
+        scene = random_scene((3, 2))
+        scene = scene._replace(logits=scene.logits.to(dtype))
+        check_pairs(scene, torch.rand(2, 12), kernel_device, **OPTIONS)
+
+    def test_priorities_of_layers_and_strides(self, kernel_device):
+        scene = random_scene((6, 3), layers=3)
+        scene = scene._replace(boxes=scene.boxes.transpose(0, 2).contiguous().transpose(0, 2))
+        options = OPTIONS | {"threshold": 0.2, "positive_fraction": 0.3}
+        check_pairs(scene, torch.rand(3, 2, 12), kernel_device, **options)
+        check_pairs(scene, torch.rand(2, 12).expand(3, -1, -1), kernel_device, **options)
+
+    def test_what_the_kernel_does_not_serve_is_refused(self, kernel_device):
+        scene = random_scene((3, 2), dtype=torch.float64)
+        with pytest.raises(NotImplementedError, match="float64 boxes"):
+            pairs_of("triton", scene, torch.rand(2, 12), kernel_device, **OPTIONS)
+
+    @pytest.mark.gpu
+    def test_sizes_of_training(self, kernel_device):
+        for queries, counts in ((300, (7, 20)), (900, (100, 60)), (4000, (1000, 3))):
+            scene = random_scene(counts, queries=queries, layers=6, classes=91)
+            options = {"k": 6, "threshold": 0.4, "positive_fraction": 0.25}
+            check_pairs(scene, torch.rand(2, queries), kernel_device, **options)
+
+
+@pytest.mark.parametrize("op", ["matching_cost", "linear_assignment", "one_to_many"])
+def test_opcheck(kernel_device, op):
+    scene = moved(random_scene((3, 2), queries=6), kernel_device)
+    arguments = {
+        "matching_cost": (scene.logits, scene.boxes, *scene.targets, 2.0, 5.0, 2.0),
+        "linear_assignment": (
+            torch.rand(2, 6, 4, device=kernel_device),
+            scene.targets.count,
+            "triton",
+        ),
+        "one_to_many": (
+            scene.logits,
+            scene.boxes,
+            *scene.targets,
+            torch.rand(2, 6, device=kernel_device),
+            3,
+            0.4,
+            3,
+            0.7,
+            0.3,
+        ),
+    }
+    torch.library.opcheck(getattr(torch.ops.msdetr, op).default, arguments[op])
