@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from msdetr.assignment.one_to_many import assign_one_to_many
 from msdetr.assignment.one_to_one import assign_one_to_one
 from msdetr.config import AssignmentConfig, LossConfig
-from msdetr.losses.terms import box_losses, focal_loss
+from msdetr.losses.terms import box_losses
+from msdetr.ops.dispatch import Impl
+from msdetr.ops.focal_loss import focal_loss
 from msdetr.structures import Assignment, DetectorOutput, Predictions, Targets
 
 
@@ -31,10 +33,14 @@ class Criterion(nn.Module):
     to k pairs per target, as in the published recipe.
     """
 
-    def __init__(self, assignment: AssignmentConfig, loss: LossConfig) -> None:
+    def __init__(
+        self, assignment: AssignmentConfig, loss: LossConfig, *, impl: Impl = "auto"
+    ) -> None:
+        """Take the weights; `impl` chooses the implementation of assignment and focal loss."""
         super().__init__()
         self.assignment = assignment
         self.loss = loss
+        self.impl: Impl = impl
 
     def forward(
         self,
@@ -68,6 +74,7 @@ class Criterion(nn.Module):
             cost_class=costs.cost_class,
             cost_bbox=costs.cost_bbox,
             cost_giou=costs.cost_giou,
+            impl=self.impl,
         )
         branches = {
             "one_to_one": (
@@ -84,6 +91,7 @@ class Criterion(nn.Module):
                 priority=priority,
                 generator=generator,
                 one_to_one=assignment,
+                impl=self.impl,
             )
             branches["one_to_many"] = (
                 self._terms(one_to_many, targets, assignment, normalizer),
@@ -125,6 +133,7 @@ class Criterion(nn.Module):
             cost_class=self.assignment.encoder_cost_class,
             cost_bbox=self.assignment.cost_bbox,
             cost_giou=self.assignment.cost_giou,
+            impl=self.impl,
         )
         return self._terms(proposals, targets, assignment, normalizer)
 
@@ -140,6 +149,7 @@ class Criterion(nn.Module):
             assignment.target_class,
             alpha=self.loss.focal_alpha,
             gamma=self.loss.focal_gamma,
+            impl=self.impl,
         )
         l1, giou = box_losses(predictions.boxes, targets, assignment)
         return {

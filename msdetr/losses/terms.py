@@ -1,37 +1,12 @@
-"""Loss terms as sums per layer; division by the number of targets is the criterion's."""
+"""Loss terms of boxes as sums per layer; division by the number of targets is the criterion's."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from msdetr.boxes import at_least_float32, cxcywh_to_xyxy, generalized_box_iou
 from msdetr.structures import Assignment, Targets
-
-
-def focal_loss(logits: Tensor, target_class: Tensor, *, alpha: float, gamma: float) -> Tensor:
-    """Sigmoid focal loss (Lin et al., ICCV 2017) over all queries and classes, without a one-hot
-    target: every logit counts as background, then each query's own class is corrected.
-
-    Args:
-        logits: [N, B, Q, K]
-        target_class: [N, B, Q] int64, -1 = background.
-        alpha: weight of positives; negatives have 1 - alpha.
-        gamma: focusing exponent.
-
-    Returns:
-        [N], float32 at least.
-    """
-    logits = at_least_float32(logits)
-
-    def background(x: Tensor) -> Tensor:
-        return (1 - alpha) * x.sigmoid() ** gamma * F.softplus(x)
-
-    own = logits.gather(-1, target_class.clamp(min=0)[..., None])[..., 0]
-    foreground = alpha * (-own).sigmoid() ** gamma * F.softplus(-own)
-    correction = torch.where(target_class >= 0, foreground - background(own), 0.0)
-    return background(logits).sum((1, 2, 3)) + correction.sum((1, 2))
 
 
 def box_losses(boxes: Tensor, targets: Targets, assignment: Assignment) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,7 @@
-"""All losses and their gradients against the published criterion, in float64."""
+"""All losses and their gradients against the published criterion, which ran in float64.
+
+The reference is held to float64; kernels compute in float32.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import torch
 
 from msdetr.config import AssignmentConfig, LossConfig
 from msdetr.losses.criterion import Criterion
-from msdetr.structures import DetectorOutput, Predictions
+from msdetr.structures import DetectorOutput, Predictions, Targets
 from parity.golden import GoldenCase, published_values
 
 
@@ -20,12 +23,20 @@ def _predictions(case: GoldenCase, prefix: str) -> Predictions:
 
 
 @pytest.mark.golden("criterion")
-def test_losses_and_gradients(case: GoldenCase, impl: str) -> None:
+def test_losses_and_gradients(case: GoldenCase, impl: str, request: pytest.FixtureRequest) -> None:
+    place, tolerance = {}, 1e-9
     if impl == "triton":
-        pytest.skip("the criterion chooses its implementation by device")
-    one_to_one, one_to_many = _predictions(case, ""), _predictions(case, "o2m.")
+        place = {"device": request.getfixturevalue("kernel_device"), "dtype": torch.float32}
+        tolerance = 1e-5
     encoder = Predictions(case.tensor("enc.pred_logits")[None], case.tensor("enc.pred_boxes")[None])
+    one_to_one, one_to_many, encoder = (
+        Predictions(*(field.to(**place) for field in predictions))
+        for predictions in (_predictions(case, ""), _predictions(case, "o2m."), encoder)
+    )
     leaves = {"": one_to_one, "o2m.": one_to_many, "enc.": encoder}
+    anchors = case.tensor("enc.anchors").to(**place)
+    targets = Targets(*(field.to(anchors.device) for field in case.targets()))
+    priority = case.tensor("priority").to(anchors.device)
     for predictions in leaves.values():
         predictions.logits.requires_grad_()
         predictions.boxes.requires_grad_()
@@ -38,15 +49,16 @@ def test_losses_and_gradients(case: GoldenCase, impl: str) -> None:
             indices_merge=info["use_indices_merge"],
         ),
         LossConfig(),
+        impl=impl,
     )
-    output = DetectorOutput(one_to_one, one_to_many, encoder, case.tensor("enc.anchors"))
-    losses = criterion(output, case.targets(), priority=case.tensor("priority"))
+    output = DetectorOutput(one_to_one, one_to_many, encoder, anchors)
+    losses = criterion(output, targets, priority=priority)
 
     found = published_values(losses.terms)
     expected = {name: value for name, value in info["losses"].items() if name in found}
     assert len(expected) == 3 * (2 * len(one_to_one.logits) + 1)
-    assert found == pytest.approx(expected, rel=1e-9)
-    assert losses.total.item() == pytest.approx(info["total"], rel=1e-9)
+    assert found == pytest.approx(expected, rel=tolerance)
+    assert losses.total.item() == pytest.approx(info["total"], rel=tolerance)
 
     losses.total.backward()
     for prefix, predictions in leaves.items():
@@ -54,8 +66,8 @@ def test_losses_and_gradients(case: GoldenCase, impl: str) -> None:
             name = "grad.enc." if prefix == "enc." else f"grad.{prefix}layer{layer}."
             for field in ("logits", "boxes"):
                 torch.testing.assert_close(
-                    getattr(predictions, field).grad[layer].float(),
+                    getattr(predictions, field).grad[layer].float().cpu(),
                     case.tensor(f"{name}pred_{field}"),
-                    rtol=1e-6,
-                    atol=1e-7,
+                    rtol=max(1e-6, 10 * tolerance),
+                    atol=max(1e-7, tolerance),
                 )

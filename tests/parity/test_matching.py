@@ -11,7 +11,7 @@ from msdetr.config import AssignmentConfig
 from msdetr.ops.linear_assignment import linear_assignment
 from msdetr.ops.matching_cost import matching_cost
 from msdetr.ops.one_to_many import one_to_many
-from msdetr.structures import Predictions
+from msdetr.structures import Predictions, Targets
 from parity.golden import GoldenCase
 
 
@@ -21,15 +21,27 @@ def _pairs(query_index: Tensor, mask: Tensor) -> list[list[int]]:
     return [list(pair) for pair in sorted(pairs, key=lambda pair: (pair[1], pair[0]))]
 
 
+def _device(impl: str, request: pytest.FixtureRequest) -> torch.device:
+    if impl == "triton":
+        return request.getfixturevalue("kernel_device")
+    return torch.device("cpu")
+
+
+def _scene(case: GoldenCase, device: torch.device) -> tuple[Predictions, Targets]:
+    predictions = (case.tensor(f"pred_{name}")[None].to(device) for name in ("logits", "boxes"))
+    return Predictions(*predictions), Targets(*(field.to(device) for field in case.targets()))
+
+
 @pytest.mark.golden("o2m_")
-def test_one_to_many(case: GoldenCase, impl: str) -> None:
-    targets = case.targets()
-    predictions = Predictions(case.tensor("pred_logits")[None], case.tensor("pred_boxes")[None])
+def test_one_to_many(case: GoldenCase, impl: str, request: pytest.FixtureRequest) -> None:
+    device = _device(impl, request)
+    predictions, targets = _scene(case, device)
+    priority = case.tensor("priority").to(device)
     options = {"k": case.info["k"], "threshold": case.info["threshold"]}
     pairs = one_to_many(
         *predictions,
         targets,
-        case.tensor("priority"),
+        priority,
         positive_fraction=0.25,
         impl=impl,
         **options,
@@ -39,23 +51,23 @@ def test_one_to_many(case: GoldenCase, impl: str) -> None:
         assert found == case.arrays[f"pairs{image}"].tolist()
         cost = case.tensor(f"cost{image}")
         for target, place in pairs.mask[0, image].nonzero().tolist():
-            query = pairs.query_index[0, image, target, place]
-            torch.testing.assert_close(pairs.score[0, image, target, place], cost[target, query])
+            query = pairs.query_index[0, image, target, place].cpu()
+            score = pairs.score[0, image, target, place].cpu()
+            torch.testing.assert_close(score, cost[target, query])
 
     config = AssignmentConfig(
         one_to_many_k=options["k"], one_to_many_threshold=options["threshold"]
     )
-    assignment = assign_one_to_many(predictions, targets, config, priority=case.tensor("priority"))
-    assert torch.equal(assignment.target_class[0], case.tensor("target_class"))
+    assignment = assign_one_to_many(predictions, targets, config, priority=priority, impl=impl)
+    assert torch.equal(assignment.target_class[0].cpu(), case.tensor("target_class"))
 
 
 @pytest.mark.golden("o2o_")
-def test_one_to_one(case: GoldenCase, impl: str) -> None:
-    targets = case.targets()
+def test_one_to_one(case: GoldenCase, impl: str, request: pytest.FixtureRequest) -> None:
+    predictions, targets = _scene(case, _device(impl, request))
     weights = case.info["cost"]
     cost = matching_cost(
-        case.tensor("pred_logits")[None],
-        case.tensor("pred_boxes")[None],
+        *predictions,
         targets,
         cost_class=weights["class_"],
         cost_bbox=weights["bbox"],
