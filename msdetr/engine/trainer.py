@@ -138,8 +138,12 @@ class Trainer:
 
         with autocast(worker.device, config.train.precision):
             output = self._distributed_model(batch.images)
+        # Drawn here: what compiles can have no generator.
+        priority = torch.rand(
+            output.one_to_one.logits.shape[:3], device=worker.device, generator=self.generator
+        )
         loss, terms = self.criterion(
-            output, batch.targets, num_targets=num_targets.wait(), generator=self.generator
+            output, batch.targets, num_targets=num_targets.wait(), priority=priority
         )
         loss.backward()
         grad_norm = clip_gradients(self._parameters, config.optimizer.clip_grad_norm)

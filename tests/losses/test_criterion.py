@@ -321,3 +321,25 @@ def test_results_do_not_depend_on_the_number_of_slots():
     for config in (KEEP_ALL, replace(KEEP_ALL, indices_merge=True)):
         few, many = losses_of(output, targets, config), losses_of(output, more, config)
         torch.testing.assert_close(few.total, many.total)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("indices_merge", [False, True])
+@pytest.mark.parametrize("counts", [(3, 0, 5), (0, 0, 0)])
+def test_compiles_in_one_graph(request, impl, indices_merge, counts):
+    if impl == "triton":
+        request.getfixturevalue("kernel_device")
+    torch._dynamo.reset()
+    output, targets = random_output(counts)
+    criterion = Criterion(AssignmentConfig(indices_merge=indices_merge), LossConfig(), impl=impl)
+    if torch.cuda.is_available() and impl == "triton":
+        pytest.skip("this file's scenes are on the CPU")
+    compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)
+    priority = torch.rand(LAYERS, len(counts), QUERIES)
+    expected, other = criterion(output, targets, priority=priority), copied(output)
+    found = compiled(other, targets, priority=priority)
+    torch.testing.assert_close(found.total, expected.total)
+    expected.total.backward()
+    found.total.backward()
+    for mine, truth in zip(leaves(other), leaves(output), strict=True):
+        torch.testing.assert_close(mine.grad, truth.grad)

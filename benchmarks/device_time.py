@@ -1,0 +1,212 @@
+"""How long a device works on something, how long the host needs to ask for it, and what it holds.
+
+A timer takes several calls that do the same work on different inputs, and goes through them in turn
+so that no cache holds what a call reads.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+Call = Callable[[], object]
+
+
+class Timing(NamedTuple):
+    """Durations of a call in seconds, and how they were taken: `wall`, `graph` or `profiler`."""
+
+    timer: str
+    seconds: list[float]
+
+
+Timer = Callable[[Sequence[Call]], Timing]
+
+LEAST_REPLAY_SECONDS = 1e-3
+"""A graph is captured as long as this, so that its launch is no part of the result."""
+_MOST_ROUNDS = 50
+_MOST_INPUT_SETS = 16
+_CPU_COPY_BYTES = 2**25
+_CUDA_COPY_BYTES = 2**30
+
+
+@contextmanager
+def work_on(device: torch.device) -> Iterator[None]:
+    """Let everything inside run on one stream of `device` that can be captured, on a GPU."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+        yield
+
+
+def time_calls(calls: Sequence[Call], device: torch.device, *, repetitions: int = 20) -> Timing:
+    """Durations on the device, by the best timer that can take them.
+
+    Args:
+        calls: what to time.
+        device: where they work.
+        repetitions: durations to take; on a GPU each is a mean over all calls.
+    """
+    if device.type != "cuda":
+        return Timing("wall", wall_seconds(calls, repetitions=repetitions))
+    try:
+        return Timing("graph", graph_seconds(calls, replays=repetitions))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return Timing("profiler", profiled_seconds(calls))
+
+
+def wall_seconds(calls: Sequence[Call], *, repetitions: int) -> list[float]:
+    """Durations by the host's clock, after a warm-up: for a CPU."""
+    for call in calls:
+        call()
+    durations = []
+    for repetition in range(repetitions):
+        call = calls[repetition % len(calls)]
+        begin = time.perf_counter()
+        call()
+        durations.append(time.perf_counter() - begin)
+    return durations
+
+
+def graph_seconds(calls: Sequence[Call], *, replays: int) -> list[float]:
+    """Durations on the GPU by replay of a CUDA graph, inside `work_on`.
+
+    A replay holds every call at least once, so a duration is the mean of all inputs.
+
+    Raises:
+        RuntimeError: a call cannot be captured, because it reads the device for example.
+    """
+    _warm_up(calls)
+    graph = _capture(calls, rounds=1)
+    # The first replay uploads the graph.
+    estimate = min(_replay_seconds(graph, replays=3)[1:])
+    rounds = min(math.ceil(LEAST_REPLAY_SECONDS / estimate), _MOST_ROUNDS)
+    if rounds > 1:
+        del graph  # and its memory
+        graph = _capture(calls, rounds=rounds)
+        _replay_seconds(graph, replays=1)
+    per_replay = rounds * len(calls)
+    return [seconds / per_replay for seconds in _replay_seconds(graph, replays=replays)]
+
+
+def profiled_seconds(calls: Sequence[Call], *, rounds: int = 10) -> list[float]:
+    """Durations on the GPU as the profiler's sum over kernels, copies and fills: without gaps."""
+    _warm_up(calls)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(rounds):
+            for call in calls:
+                call()
+        torch.cuda.synchronize()
+    events = [event for event in profile.events() if event.device_type.name == "CUDA"]
+    events.sort(key=lambda event: event.time_range.start)
+    durations = [event.time_range.elapsed_us() / 1e6 for event in events]
+    return sums_of_equal_parts(durations, rounds * len(calls))
+
+
+def sums_of_equal_parts(durations: Sequence[float], count: int) -> list[float]:
+    """Cut durations into `count` parts of equally many, and sum each.
+
+    Raises:
+        ValueError: there are none, or they cannot be cut so: calls did different work.
+    """
+    length, rest = divmod(len(durations), count)
+    if rest or not length:
+        raise ValueError(f"{len(durations)} device events do not make {count} equal calls")
+    return [sum(durations[i * length : (i + 1) * length]) for i in range(count)]
+
+
+def host_seconds(calls: Sequence[Call], *, chunks: int = 25, chunk: int = 4) -> float:
+    """Host time of one call on a GPU, the median of chunks that begin with an idle device.
+
+    A chunk is so short that the device's queue cannot fill up and make the host wait.
+    """
+    _warm_up(calls)
+    durations = []
+    for start in range(0, chunks * chunk, chunk):
+        chosen = [calls[i % len(calls)] for i in range(start, start + chunk)]
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for call in chosen:
+            call()
+        durations.append((time.perf_counter() - begin) / chunk)
+    torch.cuda.synchronize()
+    return statistics.median(durations)
+
+
+def peak_bytes(call: Call, device: torch.device) -> int:
+    """Most GPU memory that a call holds at once, above what was allocated before."""
+    call()
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def copy_bytes_per_second(device: torch.device, timer: Timer) -> float:
+    """Memory bandwidth by a copy, counting bytes read and bytes written."""
+    size = _CPU_COPY_BYTES
+    if device.type == "cuda":
+        size = min(_CUDA_COPY_BYTES, torch.cuda.mem_get_info(device)[0] // 8)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / statistics.median(timer([lambda: target.copy_(source)]).seconds)
+
+
+def num_input_sets(bytes_read: int, device: torch.device) -> int:
+    """Sets of inputs such that reading the others replaces what a GPU's cache holds, twice."""
+    if device.type != "cuda":
+        return 2
+    cache = int(torch.cuda.get_device_properties(device).L2_cache_size)
+    return min(max(math.ceil(2 * cache / bytes_read), 1) + 1, _MOST_INPUT_SETS)
+
+
+def percentiles_us(durations: Sequence[float]) -> dict[str, float]:
+    """Percentiles 20, 50 and 80 of durations in seconds, in microseconds."""
+    values = np.quantile(np.asarray(durations), (0.2, 0.5, 0.8)) * 1e6
+    return dict(zip(("p20_us", "p50_us", "p80_us"), values.tolist(), strict=True))
+
+
+def _warm_up(calls: Sequence[Call]) -> None:
+    for _ in range(2):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+
+
+def _capture(calls: Sequence[Call], *, rounds: int) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    # A Triton kernel that is collected unloads its module, which ends a capture.
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        # The stream of the inputs: backward runs where forward ran.
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            for _ in range(rounds):
+                for call in calls:
+                    call()
+    finally:
+        if collects:
+            gc.enable()
+    return graph
+
+
+def _replay_seconds(graph: torch.cuda.CUDAGraph, *, replays: int) -> list[float]:
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
