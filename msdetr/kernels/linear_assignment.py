@@ -10,8 +10,8 @@ as many steps as rows if rows do not compete, and at most rows^2 / 2.
 State is kept per column, in memory, which the first-level cache holds: `v`, the potential of the
 row that the column is matched with (so that a row is scanned without looking up its potential),
 distance, predecessor, and whether the search has passed. Arithmetic is float64, as SciPy's: the
-optimum is SciPy's wherever it is unique. A cost that is not finite counts as 1e30. Of equal distances a free column goes first, then the one
-of lowest index.
+optimum is SciPy's wherever it is unique. A cost that is not finite counts as 1e30. Of equal
+distances a free column goes first, then the one of lowest index.
 
 Problems are ragged: `count` is read by the program, columns and rows beyond are never touched. With
 more rows than columns (more targets than queries) the problem is solved transposed, by a launch of
