@@ -11,9 +11,10 @@ which cannot overflow: 1 / (1 + e) and e / (1 + e) are p and q, softplus(z) is m
 log(1 + e), and where gamma is not 0, 1 or 2, log p = -softplus(-z) gives the power, at p = 0 too.
 
 Mapping. A layer is a row of B * Q * K logits, cut into chunks of V = 1, 2, 4 or 8 that divide it:
-one load. A program takes CHUNKS of them. A query's K logits begin anywhere in a chunk, so a chunk
-meets up to SPAN queries; the class of each becomes a place in the chunk, to be compared with
-0 ... V - 1. No K leaves lanes idle, and there is a division per chunk, not per logit.
+one load. A program takes CHUNKS of them; grid: (programs, layers). A query's K logits begin
+anywhere in a chunk, so a chunk meets up to SPAN queries; the class of each becomes a place in the
+chunk, to be compared with 0 ... V - 1. No K leaves lanes idle, and there is a division per chunk,
+not per logit.
 
 Traffic. Forward reads logits and classes and writes one float32 per program; PyTorch adds them up,
 always in the same order. Backward reads the same, and one float32 per layer where it is, and writes
@@ -75,7 +76,6 @@ def _locate(
     target_ptr,
     num_chunks,
     num_queries,
-    programs,
     K: tl.constexpr,
     V: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -83,15 +83,13 @@ def _locate(
 ):
     """Of this program: its layer, the offset of its logits [CHUNKS, V], which of them there are
     [CHUNKS, 1], and which are of their query's own class [CHUNKS, V]."""
-    program = tl.program_id(0)
-    layer = (program // programs).to(tl.int64)
-    first = (program % programs).to(tl.int64) * CHUNKS  # in the layer
+    layer = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * CHUNKS  # in the layer
     chunk = tl.arange(0, CHUNKS)
     inside = chunk < tl.minimum(num_chunks - first, CHUNKS).to(tl.int32)
-    # 64-bit numbers up to here: one division per program, not per chunk.
-    start = first * V
-    first_query = start // K
-    column = (start - first_query * K).to(tl.int32) + chunk * V
+    # The program's first query takes 64-bit numbers; those of chunks are counted from there.
+    first_query = first * V // K
+    column = (first * V - first_query * K).to(tl.int32) + chunk * V
     query = column // K
     column -= query * K  # of the chunk's first logit
     targets = target_ptr + (layer * num_queries + first_query) + query
@@ -116,7 +114,6 @@ def forward_kernel(
     partial_ptr,  # [N, programs]
     num_chunks,  # per layer
     num_queries,  # B * Q
-    programs,  # per layer
     alpha,
     rest,  # 1 - alpha
     GAMMA: tl.constexpr,
@@ -126,14 +123,12 @@ def forward_kernel(
     SPAN: tl.constexpr,
 ):
     """The loss of a program's logits; see `msdetr.ops.focal_loss`."""
-    _, offset, inside, own = _locate(
-        target_ptr, num_chunks, num_queries, programs, K, V, CHUNKS, SPAN
-    )
+    layer, offset, inside, own = _locate(target_ptr, num_chunks, num_queries, K, V, CHUNKS, SPAN)
     # A logit of minus infinity costs nothing as background.
     x = tl.load(logits_ptr + offset, mask=inside, other=-float("inf")).to(tl.float32)
     power, _, _, softplus = _sigmoid_and_softplus(tl.where(own, -x, x), GAMMA)
     loss = tl.where(own, alpha, rest) * (power * softplus)
-    tl.store(partial_ptr + tl.program_id(0), tl.sum(loss))
+    tl.store(partial_ptr + layer * tl.num_programs(0) + tl.program_id(0), tl.sum(loss))
 
 
 @triton.jit
@@ -145,7 +140,6 @@ def backward_kernel(
     stride_grad,
     num_chunks,  # per layer
     num_queries,  # B * Q
-    programs,  # per layer
     alpha,
     rest,  # 1 - alpha
     GAMMA: tl.constexpr,
@@ -155,9 +149,7 @@ def backward_kernel(
     SPAN: tl.constexpr,
 ):
     """The gradient of a program's logits."""
-    layer, offset, inside, own = _locate(
-        target_ptr, num_chunks, num_queries, programs, K, V, CHUNKS, SPAN
-    )
+    layer, offset, inside, own = _locate(target_ptr, num_chunks, num_queries, K, V, CHUNKS, SPAN)
     x = tl.load(logits_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     grad_output = tl.load(grad_output_ptr + layer * stride_grad)
     power, p, q, softplus = _sigmoid_and_softplus(tl.where(own, -x, x), GAMMA)
@@ -171,23 +163,21 @@ def forward(logits: Tensor, target_class: Tensor, alpha: float, gamma: float) ->
     num_layers = logits.shape[0]
     if not logits.numel():
         return logits.new_zeros(num_layers, dtype=torch.float32)
-    sizes, constants = _plan(logits, gamma)
-    partial = logits.new_empty(num_layers, sizes[-1], dtype=torch.float32)
-    forward_kernel[(partial.numel(),)](
-        logits, target_class, partial, *sizes, alpha, 1.0 - alpha, **constants
-    )
+    grid, sizes, constants = _plan(logits, gamma)
+    partial = logits.new_empty(grid[::-1], dtype=torch.float32)
+    forward_kernel[grid](logits, target_class, partial, *sizes, alpha, 1.0 - alpha, **constants)
     return partial.sum(1)
 
 
 def backward(
     grad_output: Tensor, logits: Tensor, target_class: Tensor, alpha: float, gamma: float
 ) -> Tensor:
-    """The gradient of `logits`, contiguous and in their type; `grad_output` is [N], anyhow."""
+    """The gradient of `logits`, in their type; all are contiguous but `grad_output` [N]."""
     grad_logits = torch.empty_like(logits)
     if not logits.numel():
         return grad_logits
-    sizes, constants = _plan(logits, gamma)
-    backward_kernel[(logits.shape[0] * sizes[-1],)](
+    grid, sizes, constants = _plan(logits, gamma)
+    backward_kernel[grid](
         grad_output,
         logits,
         target_class,
@@ -201,20 +191,21 @@ def backward(
     return grad_logits
 
 
-def _plan(logits: Tensor, gamma: float) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """(chunks, queries, programs) of a layer, and what the kernels are compiled for."""
-    _, batch, queries, classes = logits.shape
+def _plan(logits: Tensor, gamma: float) -> tuple[tuple[int, int], tuple[int, int], dict[str, Any]]:
+    """The grid, (chunks, queries) of a layer, and what the kernels are compiled for."""
+    layers, batch, queries, classes = logits.shape
     size = batch * queries * classes
     chunk = math.gcd(size, 16 // logits.element_size())
-    chunks_per_program = _ELEMENTS // chunk
     num_chunks = size // chunk
     constants = {
         "GAMMA": float(gamma),
         "K": classes,
         "V": chunk,
-        "CHUNKS": chunks_per_program,
-        "SPAN": 1 if classes % chunk == 0 else (chunk + classes - 2) // classes + 1,
+        "CHUNKS": _ELEMENTS // chunk,
+        # Chunks begin at multiples of the common divisor in a query's logits.
+        "SPAN": triton.cdiv(chunk - math.gcd(classes, chunk), classes) + 1,
         "num_warps": 4,
         "enable_fp_fusion": True,
     }
-    return (num_chunks, batch * queries, triton.cdiv(num_chunks, chunks_per_program)), constants
+    grid = (triton.cdiv(num_chunks, _ELEMENTS // chunk), layers)
+    return grid, (num_chunks, batch * queries), constants

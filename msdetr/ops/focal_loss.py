@@ -21,6 +21,7 @@ from msdetr.ops.dispatch import Impl, resolve_impl
 # What the kernels serve. The reference has no limits.
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_CLASSES = 2**30
+_MAX_LAYERS = 65535
 
 
 def focal_loss(
@@ -59,7 +60,7 @@ def focal_loss(
 
 
 class _Reference(torch.autograd.Function):
-    """Autograd would keep five tensors of the logits' size; this keeps the logits."""
+    """Autograd would also keep the factors of the loss; this keeps the logits, in float32."""
 
     @staticmethod
     def forward(logits: Tensor, target_class: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -98,7 +99,9 @@ def _replace_own(
     """`values`, but `of_own` of the logits of the queries' own classes."""
     is_positive = (target_class >= 0) & (target_class < logits.shape[3])
     index = torch.where(is_positive, target_class, 0)[..., None]
-    own = torch.where(is_positive[..., None], of_own(logits.gather(3, index)), values.gather(3, index))
+    own = torch.where(
+        is_positive[..., None], of_own(logits.gather(3, index)), values.gather(3, index)
+    )
     return values.scatter(3, index, own)
 
 
@@ -125,6 +128,8 @@ def _unsupported(logits: Tensor) -> str | None:
     """Why the kernels cannot serve these arguments, or None."""
     if logits.dtype not in _KERNEL_DTYPES:
         return f"the kernel takes float32, bfloat16 or float16 logits, got {logits.dtype}"
+    if logits.shape[0] > _MAX_LAYERS:
+        return f"the kernel takes up to {_MAX_LAYERS} layers, got {logits.shape[0]}"
     if logits.shape[3] > _MAX_CLASSES:
         return f"the kernel takes up to {_MAX_CLASSES} classes, got {logits.shape[3]}"
     return None

@@ -1,4 +1,4 @@
-"""`torch.ops.msdetr.focal_loss`: the kernels as operators that autograd, autocast, torch.compile and
+"""`torch.ops.msdetr.focal_loss*`: the kernels as operators that autograd, torch.compile and
 torch.export know.
 
 Autocast leaves them alone: logits are read in their own type, and all else is float32.
@@ -73,6 +73,4 @@ torch.library.register_fake("msdetr::focal_loss_backward", _backward_fake, lib=_
 torch.library.register_autograd(
     "msdetr::focal_loss", _backward_formula, setup_context=_save, lib=_LIBRARY
 )
-torch.library.register_autograd(
-    "msdetr::focal_loss_backward", _no_second_derivative, lib=_LIBRARY
-)
+torch.library.register_autograd("msdetr::focal_loss_backward", _no_second_derivative, lib=_LIBRARY)

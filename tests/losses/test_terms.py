@@ -6,69 +6,9 @@ import pytest
 import torch
 import torchvision
 from assignment.scenes import Scene, random_scene, with_garbage_padding
-from torch import Tensor
 
-from msdetr.losses.terms import box_losses, focal_loss
+from msdetr.losses.terms import box_losses
 from msdetr.structures import Assignment, Targets
-
-FOCAL = {"alpha": 0.25, "gamma": 2.0}
-
-
-def one_hot(target_class: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
-    return torch.nn.functional.one_hot(target_class + 1, classes + 1)[..., 1:].to(dtype)
-
-
-class TestFocalLoss:
-    @pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.6, 1.5), (0.25, 0.0), (1.0, 2.0)])
-    def test_equals_torchvision(self, alpha, gamma):
-        logits = 3 * torch.randn(2, 3, 10, 4, dtype=torch.float64)
-        target_class = torch.randint(-1, 4, (2, 3, 10))
-        expected = torchvision.ops.sigmoid_focal_loss(
-            logits, one_hot(target_class, 4, logits.dtype), alpha, gamma
-        )
-        found = focal_loss(logits, target_class, alpha=alpha, gamma=gamma)
-        torch.testing.assert_close(found, expected.sum((1, 2, 3)))
-
-    @pytest.mark.parametrize("gamma", [2.0, 1.0, 0.0])
-    def test_gradient(self, gamma):
-        logits = torch.randn(2, 1, 4, 3, dtype=torch.float64, requires_grad=True)
-        target_class = torch.tensor([-1, 0, 2, 1]).expand(2, 1, 4)
-        assert torch.autograd.gradcheck(
-            lambda logits: focal_loss(logits, target_class, alpha=0.25, gamma=gamma), [logits]
-        )
-
-    def test_background_alone(self):
-        logits = torch.zeros(1, 2, 3, 4)
-        loss = focal_loss(logits, torch.full((1, 2, 3), -1), **FOCAL)
-        assert loss.item() == pytest.approx(24 * 0.75 * 0.25 * 0.6931472)
-
-    @pytest.mark.parametrize("size", [50.0, 1e3, 1e6])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    def test_huge_logits_are_finite(self, size, dtype):
-        """Right ones cost nothing, wrong ones their distance."""
-        for sign, expected in ((1, 0.0), (-1, 0.25 * size + 0.75 * size)):
-            logits = sign * torch.tensor([[size, -size]], dtype=dtype)[None, None]
-            logits.requires_grad_()
-            loss = focal_loss(logits, torch.zeros(1, 1, 1, dtype=torch.int64), **FOCAL)
-            assert loss.item() == pytest.approx(expected, rel=1e-6, abs=1e-6)
-            loss.sum().backward()
-            assert logits.grad.isfinite().all()
-
-    def test_one_value_per_layer(self):
-        logits, target_class = torch.randn(3, 2, 5, 4), torch.randint(-1, 4, (3, 2, 5))
-        loss = focal_loss(logits, target_class, **FOCAL)
-        for layer in range(3):
-            one = slice(layer, layer + 1)
-            torch.testing.assert_close(
-                focal_loss(logits[one], target_class[one], **FOCAL), loss[one]
-            )
-
-    def test_half_precision_is_computed_in_float32(self):
-        logits = torch.randn(1, 2, 5, 4).bfloat16()
-        target_class = torch.randint(-1, 4, (1, 2, 5))
-        loss = focal_loss(logits, target_class, **FOCAL)
-        assert loss.dtype == torch.float32
-        assert torch.equal(loss, focal_loss(logits.float(), target_class, **FOCAL))
 
 
 def random_assignment(scene: Scene, k: int) -> Assignment:
