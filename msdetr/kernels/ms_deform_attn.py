@@ -120,10 +120,18 @@ def plan_direct(
     queries: int,
     sizes: Sizes,
     wide: bool,
+    need_reference: bool = False,
 ) -> Plan:
     """Tiles of a direct kernel, and the constants that it is compiled for."""
     is_grid = queries == sum(height * width for height, width in spatial_shapes)
-    config = tile_config(kernel, dtype, sizes.D, batch * sizes.M * queries, is_grid=is_grid)
+    config = tile_config(
+        kernel,
+        dtype,
+        sizes.D,
+        batch * sizes.M * queries,
+        is_grid=is_grid,
+        need_reference=need_reference,
+    )
     programs = sizes.M * count_tiles(spatial_shapes, queries, config.block_q, config.tile_x)
     return Plan(programs, {**sizes._asdict(), "WIDE": wide, **tile_constants(config, sizes)})
 
@@ -192,6 +200,7 @@ def backward_points(
             queries,
             sizes,
             _is_wide(value, spatial_shapes, points),
+            need_reference,
         )
         tensors = (
             grad_output,

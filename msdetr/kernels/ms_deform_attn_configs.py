@@ -12,7 +12,7 @@ import contextlib
 import functools
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,7 +60,13 @@ class WindowConfig:
 
 @functools.lru_cache(maxsize=512)
 def tile_config(
-    kernel: Kernel, dtype: torch.dtype, head_dim: int, num_rows: int, *, is_grid: bool
+    kernel: Kernel,
+    dtype: torch.dtype,
+    head_dim: int,
+    num_rows: int,
+    *,
+    is_grid: bool,
+    need_reference: bool = False,
 ) -> DirectConfig:
     """Tiles of a direct kernel.
 
@@ -70,12 +76,18 @@ def tile_config(
         head_dim: D.
         num_rows: B * M * Q.
         is_grid: whether the queries are the pixels of the levels.
+        need_reference: whether `points_kernel` also computes the gradient of reference points.
     """
     queries = "grid" if is_grid else "few" if num_rows < FEW_ROWS else "many"
     found = _lookup(kernel, dtype, head_dim, queries)
     if found is not None:
         return DirectConfig(**found)
-    return default_config(kernel, dtype, head_dim, queries)
+    config = default_config(kernel, dtype, head_dim, queries)
+    crowded = dtype == torch.float32 or architecture() == "sm_100"
+    if need_reference and crowded and config.split_d < head_dim and config.block_q > 1:
+        # Else a few registers spill: twice the channels, half the queries.
+        return replace(config, split_d=2 * config.split_d, block_q=config.block_q // 2)
+    return config
 
 
 @functools.lru_cache(maxsize=512)
@@ -111,7 +123,7 @@ def value_config(
 def default_windows(head_dim: int) -> WindowConfig:
     """Windows that hold an 8 x 8 cell and offsets of up to four pixels to one side."""
     rest = DirectConfig(block_q=64, tile_x=8, split_d=min(head_dim, 8), num_warps=4)
-    return WindowConfig(side=16, coarse_side=8, block_y=8, num_warps=4, rest=rest)
+    return WindowConfig(side=16, coarse_side=8, block_y=2, num_warps=4, rest=rest)
 
 
 def default_config(kernel: Kernel, dtype: torch.dtype, head_dim: int, queries: str) -> DirectConfig:
