@@ -202,7 +202,69 @@ def _attention_cases() -> Iterator[Case]:
         yield _attention_case(name, "float16", **call, launchers=("forward",))
 
 
-CASES: tuple[Case, ...] = tuple(_attention_cases())
+def launch_assignment(layers: int, queries: int, slots: int, dtype: torch.dtype) -> None:
+    """Assignment of decoder layers, both kinds; of one layer, the encoder's, one-to-one alone."""
+    from msdetr.kernels import linear_assignment, matching_cost, one_to_many
+
+    batch = 2
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    scene = (
+        empty(layers, batch, queries, 91, dtype=dtype),
+        empty(layers, batch, queries, 4),
+        empty(batch, slots, dtype=torch.int64),
+        empty(batch, slots, 4),
+        empty(batch, dtype=torch.int64),
+    )
+    is_encoder = layers == 1
+    cost = matching_cost.matching_cost(
+        *scene,
+        cost_class=0.0 if is_encoder else 2.0,
+        cost_bbox=5.0,
+        cost_giou=2.0,
+        alpha=0.25,
+        worst=1e6,
+    )
+    count = empty(layers * batch, dtype=torch.int64)
+    linear_assignment.linear_assignment(cost.transpose(2, 3).flatten(0, 1), count)
+    if is_encoder:
+        return
+    one_to_many.one_to_many(
+        *scene,
+        empty(layers, batch, queries),
+        k=6,
+        threshold=0.4,
+        limit=queries // 4,
+        cost_box=0.7,
+        cost_class=0.3,
+        worst=-1.0,
+    )
+
+
+def launch_focal_loss(queries: int, dtype: torch.dtype) -> None:
+    """Forward and backward of six layers."""
+    from msdetr.kernels import focal_loss
+
+    logits = torch.empty(6, 2, queries, 91, dtype=dtype, device="meta")
+    target_class = torch.empty(6, 2, queries, dtype=torch.int64, device="meta")
+    grad = torch.empty(6, dtype=torch.float32, device="meta")
+    focal_loss.forward(logits, target_class, 0.25, 2.0)
+    focal_loss.backward(grad, logits, target_class, 0.25, 2.0)
+
+
+def _training_cases() -> Iterator[Case]:
+    assignments = (("assignment-300", 6, 300, 20), ("assignment-900", 6, 900, 100))
+    for name, layers, queries, slots in (*assignments, ("assignment-encoder", 1, 22223, 100)):
+        launch = functools.partial(launch_assignment, layers, queries, slots, torch.bfloat16)
+        yield Case(name=name, dtype="bfloat16", launch=launch)
+    for dtype in ("bfloat16", "float32"):
+        focal = functools.partial(launch_focal_loss, 300, getattr(torch, dtype))
+        yield Case(name="focal-loss", dtype=dtype, launch=focal)
+
+
+CASES: tuple[Case, ...] = (*_attention_cases(), *_training_cases())
 
 
 # From a case to code.

@@ -108,7 +108,7 @@ def _locate(
 
 
 @triton.jit
-def forward_kernel(
+def focal_forward_kernel(
     logits_ptr,  # [N, B, Q, K]
     target_ptr,  # [N, B, Q]
     partial_ptr,  # [N, programs]
@@ -132,7 +132,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def focal_backward_kernel(
     grad_output_ptr,  # [N]
     logits_ptr,  # [N, B, Q, K]
     target_ptr,  # [N, B, Q]
@@ -165,7 +165,9 @@ def forward(logits: Tensor, target_class: Tensor, alpha: float, gamma: float) ->
         return logits.new_zeros(num_layers, dtype=torch.float32)
     grid, sizes, constants = _plan(logits, gamma)
     partial = logits.new_empty(grid[::-1], dtype=torch.float32)
-    forward_kernel[grid](logits, target_class, partial, *sizes, alpha, 1.0 - alpha, **constants)
+    focal_forward_kernel[grid](
+        logits, target_class, partial, *sizes, alpha, 1.0 - alpha, **constants
+    )
     return partial.sum(1)
 
 
@@ -177,7 +179,7 @@ def backward(
     if not logits.numel():
         return grad_logits
     grid, sizes, constants = _plan(logits, gamma)
-    backward_kernel[grid](
+    focal_backward_kernel[grid](
         grad_output,
         logits,
         target_class,

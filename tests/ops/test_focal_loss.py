@@ -473,8 +473,8 @@ class TestGpu:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             call.run("auto")
         names = [event.key for event in profile.key_averages()]
-        assert any("forward_kernel" in name for name in names)
-        assert any("backward_kernel" in name for name in names)
+        assert any("focal_forward_kernel" in name for name in names)
+        assert any("focal_backward_kernel" in name for name in names)
 
     def test_more_logits_than_32_bits_count(self, kernel_device):
         queries, classes = 2**25, 65
