@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 COSTS = {"cost_class": 2.0, "cost_bbox": 5.0, "cost_giou": 2.0}
 OPTIONS = {"k": 3, "threshold": 0.4, "positive_fraction": 0.5}
 FEW = settings(
-    max_examples=25,
+    max_examples=15,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

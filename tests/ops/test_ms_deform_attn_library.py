@@ -92,7 +92,9 @@ def layer_inputs(device: torch.device) -> tuple[Tensor, ...]:
 
 
 class TestCompile:
-    @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+    @pytest.mark.parametrize(
+        "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)]
+    )
     def test_whole_layer_in_one_graph(self, kernel_device, backend):
         torch._dynamo.reset()
         layer = Layer("triton").to(kernel_device)
