@@ -6,11 +6,14 @@ where it serves the arguments, and the reference everywhere else.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 Impl = Literal["auto", "reference", "triton"]
 """`reference` is plain PyTorch on any device, `triton` a kernel, `auto` the best there is."""
@@ -38,6 +41,24 @@ def _is_installed(package: str) -> bool:
 _HAS_TRITON = _is_installed("triton")
 # Triton reads it when the kernels' modules are imported.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def register_kernel(
+    library: torch.library.Library, name: str, function: Callable[..., Any]
+) -> None:
+    """Let operator `name` of a library run `function` on a GPU, and in the interpreter on the CPU.
+
+    On a GPU with the device of the first argument as the current one: Triton launches there,
+    wherever its arguments are.
+    """
+
+    @functools.wraps(function)
+    def run_on_its_device(tensor: Tensor, *args: Any) -> Any:
+        with torch.cuda.device(tensor.device):
+            return function(tensor, *args)
+
+    library.impl(name, function, "CPU")
+    library.impl(name, run_on_its_device, "CUDA")
 
 
 def resolve_impl(

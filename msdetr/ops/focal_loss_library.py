@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msdetr.ops.dispatch import register_kernel
+
 _LIBRARY = torch.library.Library("msdetr", "FRAGMENT")
 _LIBRARY.define(
     "focal_loss(Tensor logits, Tensor target_class, float alpha, float gamma) -> Tensor"
@@ -65,9 +67,8 @@ def _no_second_derivative(ctx: Any, *gradients: Tensor | None) -> None:
     )
 
 
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("focal_loss", _forward, _key)
-    _LIBRARY.impl("focal_loss_backward", _backward, _key)
+register_kernel(_LIBRARY, "focal_loss", _forward)
+register_kernel(_LIBRARY, "focal_loss_backward", _backward)
 torch.library.register_fake("msdetr::focal_loss", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("msdetr::focal_loss_backward", _backward_fake, lib=_LIBRARY)
 torch.library.register_autograd(

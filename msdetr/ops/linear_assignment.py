@@ -6,7 +6,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from msdetr.ops.dispatch import Impl, resolve_impl
+from msdetr.ops.dispatch import Impl, register_kernel, resolve_impl
 
 _LIBRARY = torch.library.Library("msdetr", "FRAGMENT")
 _LIBRARY.define("linear_assignment(Tensor cost, Tensor count, str impl) -> Tensor")
@@ -66,6 +66,5 @@ def _fake(cost: Tensor, count: Tensor, impl: str) -> Tensor:
 
 
 # An operator for either implementation: neither can be traced.
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("linear_assignment", _solve, _key)
+register_kernel(_LIBRARY, "linear_assignment", _solve)
 torch.library.register_fake("msdetr::linear_assignment", _fake, lib=_LIBRARY)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from msdetr.boxes import at_least_float32, cxcywh_to_xyxy, pairwise_generalized_iou
-from msdetr.ops.dispatch import Impl, resolve_impl
+from msdetr.ops.dispatch import Impl, register_kernel, resolve_impl
 from msdetr.structures import Targets
 
 FOCAL_ALPHA = 0.25
@@ -110,6 +110,5 @@ def _fake(logits: Tensor, boxes: Tensor, labels: Tensor, *rest: Any) -> Tensor:
     return boxes.new_empty((layers, batch, labels.shape[1], queries), dtype=torch.float32)
 
 
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("matching_cost", _kernel, _key)
+register_kernel(_LIBRARY, "matching_cost", _kernel)
 torch.library.register_fake("msdetr::matching_cost", _fake, lib=_LIBRARY)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msdetr.ops.dispatch import register_kernel
 from msdetr.structures import SpatialShapes
 
 _LIBRARY = torch.library.Library("msdetr", "FRAGMENT")
@@ -330,11 +331,11 @@ def _lower(tensor: Tensor, device_type: str) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(device_type))
 
 
+register_kernel(_LIBRARY, "ms_deform_attn", _forward)
+register_kernel(_LIBRARY, "ms_deform_attn_fused", _fused_forward)
+register_kernel(_LIBRARY, "ms_deform_attn_backward", _backward)
+register_kernel(_LIBRARY, "ms_deform_attn_fused_backward", _fused_backward)
 for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("ms_deform_attn", _forward, _key)
-    _LIBRARY.impl("ms_deform_attn_fused", _fused_forward, _key)
-    _LIBRARY.impl("ms_deform_attn_backward", _backward, _key)
-    _LIBRARY.impl("ms_deform_attn_fused_backward", _fused_backward, _key)
     _LIBRARY.impl("ms_deform_attn", _autocast_forward(_key.lower()), f"Autocast{_key}")
     _LIBRARY.impl("ms_deform_attn_fused", _autocast_fused_forward(_key.lower()), f"Autocast{_key}")
 

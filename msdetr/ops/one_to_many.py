@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from msdetr.boxes import at_least_float32, box_iou, cxcywh_to_xyxy
-from msdetr.ops.dispatch import Impl, resolve_impl
+from msdetr.ops.dispatch import Impl, register_kernel, resolve_impl
 from msdetr.structures import Targets
 
 WORST_SCORE = -1.0
@@ -202,6 +202,5 @@ def _fake(
     )
 
 
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("one_to_many", _kernel, _key)
+register_kernel(_LIBRARY, "one_to_many", _kernel)
 torch.library.register_fake("msdetr::one_to_many", _fake, lib=_LIBRARY)

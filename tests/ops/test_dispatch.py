@@ -97,3 +97,15 @@ class TestOpWithAKernel:
         monkeypatch.setattr(dispatch, "_HAS_TRITON", False)
         with pytest.raises(NotImplementedError, match="Triton is not installed"):
             resolve_impl("op", "triton", torch.device("cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_kernels_run_where_their_arguments_are():
+    value = torch.rand(1, 4, 1, 4, device="cuda:1")
+    locations = torch.rand(1, 3, 1, 1, 1, 2, device="cuda:1")
+    weights = torch.rand(1, 3, 1, 1, 1, device="cuda:1")
+    with torch.cuda.device(0):
+        found = ms_deform_attn(value, ((2, 2),), locations, weights, impl="triton")
+        expected = ms_deform_attn(value, ((2, 2),), locations, weights, impl="reference")
+        torch.testing.assert_close(found, expected)
