@@ -299,7 +299,10 @@ class TrainConfig:
     """Stop after this many optimizer steps if `epochs` are not done before; the learning rate
     schedule stays that of `epochs`."""
     batch_size: int = 16
-    """Images per optimizer step, over all processes; divisible by their number."""
+    """Images per optimizer step, over all processes and micro-batches; divisible by both."""
+    accumulation_steps: int = 1
+    """Micro-batches per optimizer step, computed one after the other to save memory. The update is
+    that of the whole batch: losses are divided by the targets of all micro-batches."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """`bfloat16` computes matrix products under autocast; boxes, costs and losses stay float32."""
     log_every: int = 50
@@ -313,7 +316,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _require_positive(self, "epochs", "batch_size", "log_every", "keep_checkpoints")
+        _require_positive(
+            self, "epochs", "batch_size", "accumulation_steps", "log_every", "keep_checkpoints"
+        )
+        if self.batch_size % self.accumulation_steps:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) is the number of images over all micro-batches: "
+                f"it must be divisible by accumulation_steps ({self.accumulation_steps})"
+            )
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
         if self.checkpoint_every is not None and self.checkpoint_every < 1:

@@ -2,9 +2,9 @@
 
 `FiniteCheck.record` notes on the device which step was the first bad one. `FiniteCheck.verify`
 reads that, agrees with the other ranks, and raises. On the CPU reading is free and the trainer
-verifies in every step, before the optimizer moves a weight. On CUDA it verifies when it logs, and
-always before a checkpoint or an evaluation; until then `guard_update` makes the fused optimizer
-skip, on the device, every step whose gradient is not finite. The weights stay clean either way.
+verifies in every step; on CUDA when it logs, and always before a checkpoint or an evaluation.
+`guard_update` makes the fused optimizer skip, on the device, every step whose gradient is not
+finite, so the weights stay clean until then.
 """
 
 from __future__ import annotations

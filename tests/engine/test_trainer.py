@@ -177,7 +177,7 @@ def test_when_evaluations_happen(
     assert evaluated == expected
 
 
-def _skip_step(self: Trainer, batch: Batch) -> None:
+def _skip_step(self: Trainer, batches: list[Batch]) -> None:
     self.step += 1
     self.meter.add(torch.zeros(()), torch.zeros(()), {})
 
@@ -246,7 +246,7 @@ def test_batch_size_must_fit_the_processes(shapes: Path, tmp_path: Path) -> None
     model = build_detector(TINY_MODEL)
     data = build_trainer(config, WORKER).train_data
     worker = Worker(device=torch.device("cpu"), rank=0, world_size=3)
-    with pytest.raises(ValueError, match=r"train\.batch_size \(4\).*divisible.*\(3\)"):
+    with pytest.raises(ValueError, match=r"train\.batch_size \(4\).*divisible by 3"):
         Trainer(config, model, data, None, worker)
 
 
@@ -262,23 +262,26 @@ def test_same_seed_same_weights(shapes: Path, tmp_path: Path) -> None:
 def test_non_finite_step_stops_the_run(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny_config(shapes, tmp_path / "run", train=train_config(checkpoint_every=1))
+    config = tiny_config(
+        shapes, tmp_path / "run", train=train_config(checkpoint_every=1, accumulation_steps=2)
+    )
     trainer = build_trainer(config, WORKER)
     real_step, seen = Trainer.train_step, []
 
-    def poisoned_step(self: Trainer, batch: Batch) -> None:
+    def poisoned_step(self: Trainer, batches: list[Batch]) -> None:
         if self.step == 1:  # the second step
-            pixels = batch.images.pixels.float() / 255
+            pixels = batches[0].images.pixels.float() / 255
             pixels[0, 0, 5, 5] = float("nan")
-            batch = batch._replace(images=batch.images._replace(pixels=pixels))
-            seen.extend(batch.image_ids.tolist())
+            batches[0] = batches[0]._replace(images=batches[0].images._replace(pixels=pixels))
+            seen.extend(image_id for batch in batches for image_id in batch.image_ids.tolist())
             self.weights_before = {k: v.clone() for k, v in self.model.state_dict().items()}
-        real_step(self, batch)
+        real_step(self, batches)
 
     monkeypatch.setattr(Trainer, "train_step", poisoned_step)
     with pytest.raises(NonFiniteError) as caught:
         trainer.train()
     assert "of step 2 is not finite" in str(caught.value)
+    assert len(seen) == 4  # of both micro-batches
     assert f"rank 0: image ids {seen}" in str(caught.value)
     assert steps(config) == [1]
     good = load_checkpoint(find_checkpoints(config.output)[-1][1])
