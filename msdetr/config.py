@@ -303,6 +303,11 @@ class TrainConfig:
     accumulation_steps: int = 1
     """Micro-batches per optimizer step, computed one after the other to save memory. The update is
     that of the whole batch: losses are divided by the targets of all micro-batches."""
+    ema_decay: float | None = None
+    """Decay of the running average of the weights, for instance 0.9999; what is evaluated and
+    exported are then the averages. None keeps no average."""
+    ema_warmup_steps: int = 2000
+    """The decay at step n is `ema_decay * (1 - exp(-n / ema_warmup_steps))`; 0 has no warm-up."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """`bfloat16` computes matrix products under autocast; boxes, costs and losses stay float32."""
     log_every: int = 50
@@ -324,6 +329,9 @@ class TrainConfig:
                 f"batch_size ({self.batch_size}) is the number of images over all micro-batches: "
                 f"it must be divisible by accumulation_steps ({self.accumulation_steps})"
             )
+        if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay must be in (0, 1), or None, got {self.ema_decay}")
+        _require_not_negative(self, "ema_warmup_steps")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
         if self.checkpoint_every is not None and self.checkpoint_every < 1:

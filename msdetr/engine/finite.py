@@ -56,13 +56,13 @@ class FiniteCheck:
         raise NonFiniteError(_describe(step, all_gather_objects(mine, self._worker)))
 
 
-def guard_update(optimizer: Optimizer, grad_norm: Tensor) -> None:
-    """Make a fused optimizer skip its next step, on the device, where `grad_norm` is not finite.
+def guard_update(optimizer: Optimizer, finite: Tensor) -> None:
+    """Make a fused optimizer skip its next step, on the device, unless `finite` (0-dim bool).
 
     `found_inf` is how torch's gradient scaler tells fused optimizers about overflow; they leave
     weights and state untouched where it is 1.
     """
-    optimizer.found_inf = (~torch.isfinite(grad_norm)).float()  # type: ignore[attr-defined]
+    optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
 
 
 def _describe(step: int, ranks: list[tuple[bool, list[int]]]) -> str:

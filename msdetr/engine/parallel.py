@@ -39,5 +39,5 @@ def gradient_sync(model: nn.Module, *, enabled: bool) -> contextlib.AbstractCont
     one's backward pass averages the sum.
     """
     if not enabled and isinstance(model, DistributedDataParallel):
-        return model.no_sync()  # type: ignore[no-any-return]
+        return model.no_sync()
     return contextlib.nullcontext()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from msdetr.data.sampler import rank_batch_size
 from msdetr.engine.checkpoint import Checkpoint, save_checkpoint
 from msdetr.engine.device import autocast, to_device
 from msdetr.engine.distributed import MeanOverRanks, Worker
+from msdetr.engine.ema import WeightAverage
 from msdetr.engine.evaluate import evaluate_detector
 from msdetr.engine.finite import FiniteCheck, guard_update
 from msdetr.engine.metrics import MetricsWriter, StepMeter, progress
@@ -87,6 +89,11 @@ class Trainer:
         self.last_step = min(self.schedule_steps, train.max_steps or self.schedule_steps)
         self.criterion = Criterion(config.assignment, config.loss)
         self.optimizer = build_optimizer(model, config.optimizer)
+        self.ema: WeightAverage | None = None
+        if train.ema_decay is not None:
+            self.ema = WeightAverage(
+                model, decay=train.ema_decay, warmup_steps=train.ema_warmup_steps
+            )
         self.generator = torch.Generator(worker.device)
         self.meter = StepMeter(worker, train.batch_size)
         self.finite = FiniteCheck(worker)
@@ -135,6 +142,8 @@ class Trainer:
         num_targets = self._mean_num_targets(micro_batches)
         seed_step(self.config.seed, step, worker.rank, self.generator)
         set_learning_rate(self.optimizer, self._learning_rate_factor())
+        if self.ema is not None:
+            self.ema.set_step(step + 1)
         losses = []
         for position, batch in enumerate(micro_batches, start=1):
             with gradient_sync(self.distributed_model, enabled=position == len(micro_batches)):
@@ -168,13 +177,16 @@ class Trainer:
         return LossOutput(losses.total.detach(), losses.terms)
 
     def update(self) -> Tensor:
-        """Clip the step's gradients, move the weights, clear the gradients; their norm, 0-dim.
+        """Clip the step's gradients, move weights and averages, clear the gradients; their norm.
 
         A gradient that is not finite moves nothing.
         """
         grad_norm = clip_gradients(self._parameters, self.config.optimizer.clip_grad_norm)
-        guard_update(self.optimizer, grad_norm)
+        finite = torch.isfinite(grad_norm)
+        guard_update(self.optimizer, finite)
         self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(finite)
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
 
@@ -205,7 +217,7 @@ class Trainer:
         config, worker, data = self.config, self.worker, self.val_data
         assert data is not None, "without eval_every there is no validation set"
         started = time.perf_counter()
-        with self.meter.paused():
+        with self.meter.paused(), self._averages_applied():
             result = evaluate_detector(
                 self.model,
                 build_eval_loader(config, data, rank=worker.rank, world_size=worker.world_size),
@@ -218,9 +230,10 @@ class Trainer:
             return None
         self.metrics.write("eval", {"step": self.step, "epoch": self._epoch(), **result.metrics})
         logger.info(
-            "step %d: evaluated %d images in %.1f s\n%s",
+            "step %d: evaluated %d images%s in %.1f s\n%s",
             self.step,
             result.num_images,
+            "" if self.ema is None else " with averaged weights",
             time.perf_counter() - started,
             result.table(),
         )
@@ -262,6 +275,10 @@ class Trainer:
             micro_batches = [next(batches) for _ in range(self.config.train.accumulation_steps)]
             self.meter.add_wait(time.perf_counter() - started)
             yield micro_batches
+
+    def _averages_applied(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which the model has its averaged weights, if there are any."""
+        return contextlib.nullcontext() if self.ema is None else self.ema.applied()
 
     def _mean_num_targets(self, micro_batches: Sequence[Batch]) -> Tensor:
         """Targets of the step, averaged over ranks; 0-dim, on the device.
