@@ -303,6 +303,9 @@ class TrainConfig:
     accumulation_steps: int = 1
     """Micro-batches per optimizer step, computed one after the other to save memory. The update is
     that of the whole batch: losses are divided by the targets of all micro-batches."""
+    activation_checkpointing: Literal["none", "encoder", "all"] = "none"
+    """Save memory by computing activations again in the backward pass: those of the encoder's
+    layers, or (`all`) of the decoder's layers and the backbone's stages too."""
     ema_decay: float | None = None
     """Decay of the running average of the weights, for instance 0.9999; what is evaluated and
     exported are then the averages. None keeps no average."""

@@ -83,6 +83,7 @@ class Trainer:
         self.label_map = train_data.annotations.label_map
         self.worker = worker
         self.model = model.train()
+        model.checkpoint_activations(train.activation_checkpointing)
         self.step = 0
         self.steps_per_epoch = steps_per_epoch(len(train_data), train.batch_size)
         self.schedule_steps = train.epochs * self.steps_per_epoch

@@ -341,6 +341,22 @@ def test_averaged_weights_are_evaluated(
     assert "evaluated 5 images with averaged weights" in caplog.text
 
 
+def test_activation_checkpointing_changes_nothing(shapes: Path, tmp_path: Path) -> None:
+    runs = [
+        train(
+            tiny_config(
+                shapes,
+                tmp_path / parts,
+                train=train_config(max_steps=2, activation_checkpointing=parts),
+            )
+        )[0]
+        for parts in ("none", "all")
+    ]
+    assert not runs[0].model.encoder.recompute
+    assert runs[1].model.encoder.recompute
+    assert_same_run(*runs)
+
+
 def test_bfloat16_keeps_weights_and_losses_in_float32(shapes: Path, tmp_path: Path) -> None:
     config = tiny_config(
         shapes, tmp_path / "run", train=train_config(max_steps=2, precision="bfloat16")
