@@ -420,7 +420,7 @@ def build_step(options: Options, device: torch.device) -> Step:
     batch = bench_train_step.random_batch(options.step_options)
     if device.type == "cuda":  # as the loader does it
         batch = tree_map(Tensor.pin_memory, batch)
-    return functools.partial(trainer.train_step, batch)
+    return functools.partial(trainer.train_step, [batch])
 
 
 def build_published_step(options: Options, device: torch.device) -> Step:

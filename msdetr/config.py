@@ -299,7 +299,18 @@ class TrainConfig:
     """Stop after this many optimizer steps if `epochs` are not done before; the learning rate
     schedule stays that of `epochs`."""
     batch_size: int = 16
-    """Images per optimizer step, over all processes; divisible by their number."""
+    """Images per optimizer step, over all processes and micro-batches; divisible by both."""
+    accumulation_steps: int = 1
+    """Micro-batches per optimizer step, computed one after the other to save memory. The update is
+    that of the whole batch: losses are divided by the targets of all micro-batches."""
+    activation_checkpointing: Literal["none", "encoder", "all"] = "none"
+    """Save memory by computing activations again in the backward pass: those of the encoder's
+    layers, or (`all`) of the decoder's layers and the backbone's stages too."""
+    ema_decay: float | None = None
+    """Decay of the running average of the weights, for instance 0.9999; what is evaluated and
+    exported are then the averages. None keeps no average."""
+    ema_warmup_steps: int = 2000
+    """The decay at step n is `ema_decay * (1 - exp(-n / ema_warmup_steps))`; 0 has no warm-up."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """`bfloat16` computes matrix products under autocast; boxes, costs and losses stay float32."""
     log_every: int = 50
@@ -313,7 +324,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _require_positive(self, "epochs", "batch_size", "log_every", "keep_checkpoints")
+        _require_positive(
+            self, "epochs", "batch_size", "accumulation_steps", "log_every", "keep_checkpoints"
+        )
+        if self.batch_size % self.accumulation_steps:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) is the number of images over all micro-batches: "
+                f"it must be divisible by accumulation_steps ({self.accumulation_steps})"
+            )
+        if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay must be in (0, 1), or None, got {self.ema_decay}")
+        _require_not_negative(self, "ema_warmup_steps")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
         if self.checkpoint_every is not None and self.checkpoint_every < 1:

@@ -13,6 +13,7 @@ from msdetr.data.dataset import DetectionDataset, Sample
 from msdetr.data.sampler import (
     epoch_permutation,
     evaluation_indices,
+    rank_batch_size,
     sample_generator,
     step_positions,
     steps_per_epoch,
@@ -50,10 +51,13 @@ def build_train_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> DataLoader[Batch]:
-    """The batches of one epoch for one rank, one per step.
+    """The micro-batches of one epoch for one rank, `train.accumulation_steps` per step.
+
+    A step has the same images, in the same order, whatever the number of its micro-batches.
 
     Args:
-        config: uses `seed`, `data` and `train.batch_size` (over all ranks).
+        config: uses `seed`, `data`, `train.batch_size` (over all ranks and micro-batches) and
+            `train.accumulation_steps`.
         dataset: the training set.
         epoch: from 0.
         first_step: step of the epoch to start with; the steps before it are not loaded.
@@ -61,17 +65,17 @@ def build_train_loader(
         world_size: number of processes.
 
     Raises:
-        ValueError: the set is empty, or the batch size is not divisible by `world_size`.
+        ValueError: the set is empty, or the batch size is not divisible by `world_size` times
+            `train.accumulation_steps`.
     """
-    batch_size = config.train.batch_size
+    batch_size, num_parts = config.train.batch_size, config.train.accumulation_steps
+    share = rank_batch_size(batch_size, world_size=world_size, accumulation_steps=num_parts)
     steps = range(first_step, steps_per_epoch(len(dataset), batch_size))
     samples = EpochSamples(dataset, seed=config.seed, epoch=epoch)
-    # Before any step, so that a wrong batch size is refused also where no steps are left.
-    step_positions(0, batch_size=batch_size, rank=rank, world_size=world_size)
-    positions = [
-        list(step_positions(step, batch_size=batch_size, rank=rank, world_size=world_size))
-        for step in steps
-    ]
+    positions = []
+    for step in steps:
+        own = step_positions(step, batch_size=batch_size, rank=rank, world_size=world_size)
+        positions += [list(own[begin : begin + share]) for begin in range(0, len(own), share)]
     return _loader(config, samples, positions)
 
 

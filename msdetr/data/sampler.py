@@ -37,6 +37,22 @@ def sample_generator(seed: int, epoch: int, position: int) -> np.random.Generato
     return _generator(_SAMPLE, seed, epoch, position)
 
 
+def rank_batch_size(batch_size: int, *, world_size: int, accumulation_steps: int = 1) -> int:
+    """Images of one micro-batch of one rank, for `batch_size` images over all of them.
+
+    Raises:
+        ValueError: `batch_size` is not divisible by `world_size * accumulation_steps`.
+    """
+    parts = world_size * accumulation_steps
+    if batch_size % parts:
+        micro = f" x {accumulation_steps} micro-batches" if accumulation_steps > 1 else ""
+        raise ValueError(
+            f"train.batch_size ({batch_size}) is the number of images of a step over all processes "
+            f"and micro-batches: it must be divisible by {parts} ({world_size} processes{micro})"
+        )
+    return batch_size // parts
+
+
 def step_positions(step: int, *, batch_size: int, rank: int, world_size: int) -> range:
     """Positions in the epoch's order that a rank takes at a step of the epoch.
 
@@ -49,14 +65,9 @@ def step_positions(step: int, *, batch_size: int, rank: int, world_size: int) ->
     Raises:
         ValueError: `batch_size` is not divisible by `world_size`, or `rank` is out of range.
     """
-    if batch_size % world_size:
-        raise ValueError(
-            f"batch_size ({batch_size}) must be divisible by the number of processes "
-            f"({world_size}): it counts the images over all of them"
-        )
+    share = rank_batch_size(batch_size, world_size=world_size)
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} of {world_size}")
-    share = batch_size // world_size
     begin = step * batch_size + rank * share
     return range(begin, begin + share)
 

@@ -2,9 +2,9 @@
 
 `FiniteCheck.record` notes on the device which step was the first bad one. `FiniteCheck.verify`
 reads that, agrees with the other ranks, and raises. On the CPU reading is free and the trainer
-verifies in every step, before the optimizer moves a weight. On CUDA it verifies when it logs, and
-always before a checkpoint or an evaluation; until then `guard_update` makes the fused optimizer
-skip, on the device, every step whose gradient is not finite. The weights stay clean either way.
+verifies in every step; on CUDA when it logs, and always before a checkpoint or an evaluation.
+`guard_update` makes the fused optimizer skip, on the device, every step whose gradient is not
+finite, so the weights stay clean until then.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ class FiniteCheck:
         raise NonFiniteError(_describe(step, all_gather_objects(mine, self._worker)))
 
 
-def guard_update(optimizer: Optimizer, grad_norm: Tensor) -> None:
-    """Make a fused optimizer skip its next step, on the device, where `grad_norm` is not finite.
+def guard_update(optimizer: Optimizer, finite: Tensor) -> None:
+    """Make a fused optimizer skip its next step, on the device, unless `finite` (0-dim bool).
 
     `found_inf` is how torch's gradient scaler tells fused optimizers about overflow; they leave
     weights and state untouched where it is 1.
     """
-    optimizer.found_inf = (~torch.isfinite(grad_norm)).float()  # type: ignore[attr-defined]
+    optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
 
 
 def _describe(step: int, ranks: list[tuple[bool, list[int]]]) -> str:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
+import contextlib
 import logging
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from msdetr.config import RunConfig, config_to_dict
 from msdetr.data.dataset import DetectionDataset
 from msdetr.data.loader import build_eval_loader, build_train_loader, steps_per_epoch
+from msdetr.data.sampler import rank_batch_size
 from msdetr.engine.checkpoint import Checkpoint, save_checkpoint
 from msdetr.engine.device import autocast, to_device
 from msdetr.engine.distributed import MeanOverRanks, Worker
+from msdetr.engine.ema import WeightAverage
 from msdetr.engine.evaluate import evaluate_detector
 from msdetr.engine.finite import FiniteCheck, guard_update
 from msdetr.engine.metrics import MetricsWriter, StepMeter, progress
@@ -29,9 +29,10 @@ from msdetr.engine.optimizer import (
     optimizer_state_by_name,
     set_learning_rate,
 )
+from msdetr.engine.parallel import distribute, gradient_sync
 from msdetr.engine.seeding import seed_step
 from msdetr.evaluation.coco_eval import CocoEvaluator, CocoResult
-from msdetr.losses.criterion import Criterion
+from msdetr.losses.criterion import Criterion, LossOutput, add_losses
 from msdetr.model.checkpoint_adapter import load_state
 from msdetr.model.detector import Detector
 from msdetr.structures import Batch
@@ -67,32 +68,39 @@ class Trainer:
             worker: this process.
 
         Raises:
-            ValueError: the batch size does not fit the number of processes or images.
+            ValueError: the batch size is not divisible by the number of processes times
+                micro-batches, or there are no images.
         """
         train = config.train
-        if train.batch_size % worker.world_size:
-            raise ValueError(
-                f"train.batch_size ({train.batch_size}) is the number of images over all "
-                f"processes: it must be divisible by their number ({worker.world_size})"
-            )
+        rank_batch_size(
+            train.batch_size,
+            world_size=worker.world_size,
+            accumulation_steps=train.accumulation_steps,
+        )
         self.config = config
         self.train_data = train_data
         self.val_data = val_data
         self.label_map = train_data.annotations.label_map
         self.worker = worker
         self.model = model.train()
+        model.checkpoint_activations(train.activation_checkpointing)
         self.step = 0
         self.steps_per_epoch = steps_per_epoch(len(train_data), train.batch_size)
         self.schedule_steps = train.epochs * self.steps_per_epoch
         self.last_step = min(self.schedule_steps, train.max_steps or self.schedule_steps)
         self.criterion = Criterion(config.assignment, config.loss)
         self.optimizer = build_optimizer(model, config.optimizer)
+        self.ema: WeightAverage | None = None
+        if train.ema_decay is not None:
+            self.ema = WeightAverage(
+                model, decay=train.ema_decay, warmup_steps=train.ema_warmup_steps
+            )
         self.generator = torch.Generator(worker.device)
         self.meter = StepMeter(worker, train.batch_size)
         self.finite = FiniteCheck(worker)
         self.metrics = MetricsWriter(config.output, worker)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._distributed_model = self._wrap(model)
+        self.distributed_model = distribute(model, worker)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of the same model, data and batch size."""
@@ -128,35 +136,60 @@ class Trainer:
             self.metrics.close()
         return result
 
-    def train_step(self, batch: Batch) -> None:
-        """One optimizer step on this rank's part of the batch. Reads nothing back from a GPU."""
-        config, worker, step = self.config, self.worker, self.step
-        batch = to_device(batch, worker.device)
-        num_targets = MeanOverRanks(batch.targets.count.sum().float(), worker)
-        seed_step(config.seed, step, worker.rank, self.generator)
+    def train_step(self, micro_batches: Sequence[Batch]) -> None:
+        """One optimizer step on this rank's micro-batches, on the host. Reads nothing back from a
+        GPU."""
+        step, worker = self.step, self.worker
+        num_targets = self._mean_num_targets(micro_batches)
+        seed_step(self.config.seed, step, worker.rank, self.generator)
         set_learning_rate(self.optimizer, self._learning_rate_factor())
-
-        with autocast(worker.device, config.train.precision):
-            output = self._distributed_model(batch.images)
-        # Drawn here: what compiles can have no generator.
-        priority = torch.rand(
-            output.one_to_one.logits.shape[:3], device=worker.device, generator=self.generator
-        )
-        loss, terms = self.criterion(
-            output, batch.targets, num_targets=num_targets.wait(), priority=priority
-        )
-        loss.backward()
-        grad_norm = clip_gradients(self._parameters, config.optimizer.clip_grad_norm)
+        if self.ema is not None:
+            self.ema.set_step(step + 1)
+        losses = []
+        for position, batch in enumerate(micro_batches, start=1):
+            with gradient_sync(self.distributed_model, enabled=position == len(micro_batches)):
+                losses.append(self.forward_backward(to_device(batch, worker.device), num_targets))
+        loss, terms = add_losses(losses)
+        grad_norm = self.update()
 
         self.step = step + 1
-        self.finite.record(self.step, loss, grad_norm, batch.image_ids)
-        if worker.device.type == "cpu":
-            self.finite.verify()  # Free here, and before a weight moves.
-        else:
-            guard_update(self.optimizer, grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        image_ids = torch.cat([batch.image_ids for batch in micro_batches])
+        self.finite.record(self.step, loss, grad_norm, image_ids)
         self.meter.add(loss, grad_norm, terms)
+        if worker.device.type == "cpu":
+            self.finite.verify()  # Free here.
+
+    def forward_backward(self, batch: Batch, num_targets: Tensor) -> LossOutput:
+        """Add the gradients of a micro-batch on the device to those of the step.
+
+        `num_targets` (0-dim) is the mean over ranks of the targets of all micro-batches.
+        """
+        device = self.worker.device
+        with autocast(device, self.config.train.precision):
+            output = self.distributed_model(batch.images)
+        # Drawn here: what compiles can have no generator.
+        priority = torch.rand(
+            output.one_to_one.logits.shape[:3], device=device, generator=self.generator
+        )
+        losses: LossOutput = self.criterion(
+            output, batch.targets, num_targets=num_targets, priority=priority
+        )
+        losses.total.backward()
+        return LossOutput(losses.total.detach(), losses.terms)
+
+    def update(self) -> Tensor:
+        """Clip the step's gradients, move weights and averages, clear the gradients; their norm.
+
+        A gradient that is not finite moves nothing.
+        """
+        grad_norm = clip_gradients(self._parameters, self.config.optimizer.clip_grad_norm)
+        finite = torch.isfinite(grad_norm)
+        guard_update(self.optimizer, finite)
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(finite)
+        self.optimizer.zero_grad(set_to_none=True)
+        return grad_norm
 
     def save(self) -> None:
         """Write a checkpoint and the weights file. All ranks call it; rank 0 writes."""
@@ -185,7 +218,7 @@ class Trainer:
         config, worker, data = self.config, self.worker, self.val_data
         assert data is not None, "without eval_every there is no validation set"
         started = time.perf_counter()
-        with self.meter.paused():
+        with self.meter.paused(), self._averages_applied():
             result = evaluate_detector(
                 self.model,
                 build_eval_loader(config, data, rank=worker.rank, world_size=worker.world_size),
@@ -198,9 +231,10 @@ class Trainer:
             return None
         self.metrics.write("eval", {"step": self.step, "epoch": self._epoch(), **result.metrics})
         logger.info(
-            "step %d: evaluated %d images in %.1f s\n%s",
+            "step %d: evaluated %d images%s in %.1f s\n%s",
             self.step,
             result.num_images,
+            "" if self.ema is None else " with averaged weights",
             time.perf_counter() - started,
             result.table(),
         )
@@ -209,8 +243,8 @@ class Trainer:
     def _train_epoch(self) -> None:
         """Train to the end of the epoch that `step` lies in, or to the last step."""
         every = self.config.train.checkpoint_every
-        for batch in self._batches():
-            self.train_step(batch)
+        for micro_batches in self._micro_batches():
+            self.train_step(micro_batches)
             ends = self.step == self.last_step or self.step % self.steps_per_epoch == 0
             if ends or self.step % self.config.train.log_every == 0:
                 self._log()
@@ -219,8 +253,8 @@ class Trainer:
             if every is not None and self.step % every == 0:
                 self.save()
 
-    def _batches(self) -> Iterator[Batch]:
-        """The batches left in this epoch; the meter learns how long each was waited for."""
+    def _micro_batches(self) -> Iterator[list[Batch]]:
+        """What the steps left in this epoch take; the meter learns how long each waited for it."""
         epoch, first_step = divmod(self.step, self.steps_per_epoch)
         loader = build_train_loader(
             self.config,
@@ -230,21 +264,32 @@ class Trainer:
             rank=self.worker.rank,
             world_size=self.worker.world_size,
         )
-        bar = progress(
-            loader,
+        batches = iter(loader)
+        for _ in progress(
+            range(first_step, self.steps_per_epoch),
             f"epoch {epoch + 1}/{self.config.train.epochs}",
             self.worker,
             initial=first_step,
             total=self.steps_per_epoch,
-        )
-        batches = iter(bar)
-        while True:
+        ):
             started = time.perf_counter()
-            batch = next(batches, None)
-            if batch is None:
-                return
+            micro_batches = [next(batches) for _ in range(self.config.train.accumulation_steps)]
             self.meter.add_wait(time.perf_counter() - started)
-            yield batch
+            yield micro_batches
+
+    def _averages_applied(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which the model has its averaged weights, if there are any."""
+        return contextlib.nullcontext() if self.ema is None else self.ema.applied()
+
+    def _mean_num_targets(self, micro_batches: Sequence[Batch]) -> Tensor:
+        """Targets of the step, averaged over ranks; 0-dim, on the device.
+
+        Counted on the host, so that the first backward pass knows the last micro-batch's.
+        """
+        count = sum(int(batch.targets.count.sum()) for batch in micro_batches)
+        # Filled on the device: a copy from the host would wait for it.
+        on_device = torch.full((), float(count), device=self.worker.device)
+        return MeanOverRanks(on_device, self.worker).wait()
 
     def _log(self) -> None:
         self.finite.verify()
@@ -283,16 +328,3 @@ class Trainer:
             return False
         epoch, rest = divmod(self.step, self.steps_per_epoch)
         return self.step == self.last_step or (rest == 0 and epoch % every == 0)
-
-    def _wrap(self, model: Detector) -> nn.Module:
-        if self.worker.world_size == 1:
-            return model
-        options: dict[str, Any] = {}
-        if self.worker.device.type == "cuda":
-            options["device_ids"] = [self.worker.device.index]
-        # Buffers never change (BatchNorm is frozen). Newer versions of torch renamed the option.
-        parameters = inspect.signature(DistributedDataParallel).parameters
-        name = "forward_sync_buffers"
-        options[name if name in parameters else "broadcast_buffers"] = False
-        # Every parameter gets a gradient in every step, whatever the targets: nothing to look for.
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, **options)

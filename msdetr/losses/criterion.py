@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,16 @@ class LossOutput(NamedTuple):
     terms: dict[str, Tensor]
     """Unweighted, detached, one value per layer: `one_to_one/class` [N], `one_to_many/bbox` [N],
     `encoder/giou` [1] and so on."""
+
+
+def add_losses(losses: Sequence[LossOutput]) -> LossOutput:
+    """The losses of a step from those of its micro-batches, all divided by the step's targets."""
+    if len(losses) == 1:
+        return losses[0]
+    terms = {
+        name: torch.stack([part.terms[name] for part in losses]).sum(0) for name in losses[0].terms
+    }
+    return LossOutput(torch.stack([part.total for part in losses]).sum(), terms)
 
 
 class Criterion(nn.Module):

@@ -19,6 +19,7 @@ from torchvision.models.resnet import Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
 from msdetr.config import ModelConfig
+from msdetr.model.layers import call_module
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +39,20 @@ class ResNetBackbone(nn.Module):
         )
         self.conv1 = resnet.conv1
         self.bn1 = resnet.bn1
-        self.layer1, self.layer2 = resnet.layer1, resnet.layer2
-        self.layer3, self.layer4 = resnet.layer3, resnet.layer4
+        self.layer1, self.layer2 = _Stage(*resnet.layer1), _Stage(*resnet.layer2)
+        self.layer3, self.layer4 = _Stage(*resnet.layer3), _Stage(*resnet.layer4)
         self.channels = (512, 1024, 2048)
+        self.recompute = False
+        """Compute the stages again in the backward pass; see `Detector.checkpoint_activations`."""
         for name, parameter in self.named_parameters():
             trained = train and name.startswith(("layer2", "layer3", "layer4"))
             parameter.requires_grad_(trained)
         self.to(memory_format=torch.channels_last)
+
+    @property
+    def stages(self) -> tuple[nn.Module, ...]:
+        """What runs after the stem, one after the other."""
+        return self.layer1, self.layer2, self.layer3, self.layer4
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """[B, 3, H, W] normalised pixels to features of the last three stages, strides 8, 16, 32
@@ -53,11 +61,19 @@ class ResNetBackbone(nn.Module):
         x = _conv_norm(x, self.conv1, self.bn1).relu_()
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
         features = []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            for block in stage:
-                x = _bottleneck(x, cast(Bottleneck, block))
+        for stage in self.stages:
+            x = call_module(stage, x, recompute=self.recompute)
             features.append(x)
         return features[1:]
+
+
+class _Stage(nn.Sequential):
+    """Bottleneck blocks of torchvision."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        for block in self:
+            x = _bottleneck(x, cast(Bottleneck, block))
+        return x
 
 
 def _bottleneck(x: Tensor, block: Bottleneck) -> Tensor:
@@ -96,6 +112,8 @@ class ConvNetBackbone(nn.Module):
             previous = width
         self.stages = nn.ModuleList(stages)
         self.channels = self.widths[2:]
+        self.recompute = False
+        """Compute the stages again in the backward pass; see `Detector.checkpoint_activations`."""
         self.to(memory_format=torch.channels_last)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
@@ -103,7 +121,7 @@ class ConvNetBackbone(nn.Module):
         x = pixels.contiguous(memory_format=torch.channels_last)
         features = []
         for stage in self.stages:
-            x = stage(x)
+            x = call_module(stage, x, recompute=self.recompute)
             features.append(x)
         return features[2:]
 

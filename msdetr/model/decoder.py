@@ -9,7 +9,7 @@ from msdetr.config import ModelConfig
 from msdetr.model.attention import MSDeformAttn, SelfAttention
 from msdetr.model.geometry import level_valid_ratios
 from msdetr.model.heads import DetectionHeads
-from msdetr.model.layers import FeedForward, refine_boxes
+from msdetr.model.layers import FeedForward, call_module, refine_boxes
 from msdetr.model.query_selection import Queries
 from msdetr.structures import FeaturePyramid, Predictions
 
@@ -91,6 +91,9 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_decoder_layers))
+        self.dropout = config.dropout
+        self.recompute = False
+        """Compute the layers again in the backward pass; see `Detector.checkpoint_activations`."""
         self.one_to_many = config.one_to_many
         self.box_refine = config.box_refine
         self.look_forward_twice = config.look_forward_twice
@@ -110,7 +113,15 @@ class Decoder(nn.Module):
         for index, layer in enumerate(self.layers):
             scale = ratios if reference.shape[-1] == 2 else torch.cat((ratios, ratios), dim=-1)
             reference_points = reference[:, :, None] * scale[:, None]  # [B, Q, L, 2 or 4]
-            x, x_one_to_many = layer(x, queries.query_pos, reference_points, memory)
+            x, x_one_to_many = call_module(
+                layer,
+                x,
+                queries.query_pos,
+                reference_points,
+                memory,
+                recompute=self.recompute,
+                has_dropout=self.dropout > 0,
+            )
 
             delta = heads.box_delta(index, x)
             boxes = refine_boxes(delta, loss_reference)

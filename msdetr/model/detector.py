@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,16 @@ class Detector(nn.Module):
         queries = self.query_selection(memory, self.heads)
         one_to_one, one_to_many = self.decoder(queries, memory, self.heads)
         return DetectorOutput(one_to_one, one_to_many, queries.proposals, queries.anchors)
+
+    def checkpoint_activations(self, parts: Literal["none", "encoder", "all"]) -> None:
+        """Choose what training computes again in its backward pass instead of keeping it.
+
+        `encoder`: the encoder's layers, which hold most of the memory (every token of every
+        level). `all`: the decoder's layers and the backbone's stages as well. Losses and gradients
+        stay the same.
+        """
+        self.encoder.recompute = parts != "none"
+        self.decoder.recompute = self.backbone.recompute = parts == "all"
 
     def _extract(self, images: ImageBatch) -> tuple[FeaturePyramid, Tensor]:
         """Feature levels and their position codes [B, S, C], flattened."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from msdetr.config import ModelConfig
 from msdetr.model.attention import MSDeformAttn
 from msdetr.model.geometry import cell_centers, level_valid_ratios
-from msdetr.model.layers import FeedForward
+from msdetr.model.layers import FeedForward, call_module
 from msdetr.structures import FeaturePyramid
 
 
@@ -44,6 +44,9 @@ class Encoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.dropout = config.dropout
+        self.recompute = False
+        """Compute the layers again in the backward pass; see `Detector.checkpoint_activations`."""
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_encoder_layers))
 
     def forward(self, pyramid: FeaturePyramid, pos: Tensor) -> FeaturePyramid:
@@ -52,5 +55,13 @@ class Encoder(nn.Module):
         ratios = level_valid_ratios(pyramid.spatial_shapes, pyramid.valid_sizes)
         reference_points = centers[:, :, None] * ratios[:, None]  # [B, S, L, 2]
         for layer in self.layers:
-            pyramid = pyramid._replace(tokens=layer(pyramid, pos, reference_points))
+            tokens = call_module(
+                layer,
+                pyramid,
+                pos,
+                reference_points,
+                recompute=self.recompute,
+                has_dropout=self.dropout > 0,
+            )
+            pyramid = pyramid._replace(tokens=tokens)
         return pyramid

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from msdetr.boxes import at_least_float32
+
+
+def call_module(module: nn.Module, *inputs: Any, recompute: bool, has_dropout: bool = False) -> Any:
+    """`module(*inputs)`, optionally keeping only the inputs for the backward pass.
+
+    With `recompute` that computes everything else again (activation checkpointing, Chen et al.,
+    arXiv:1604.06174). `has_dropout` then draws the same numbers again, for which the state of the
+    random generators is kept.
+    """
+    if not (recompute and torch.is_grad_enabled()):
+        return module(*inputs)
+    return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=has_dropout)
 
 
 class MLP(nn.Module):

@@ -205,3 +205,22 @@ def test_workers_make_images_in_shared_memory(dataset):
 def test_batches_are_pinned(dataset):
     for batch in build_train_loader(with_workers(1), dataset, epoch=0):
         assert all(tensor.is_pinned() for tensor in tensors(batch))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_micro_batches_split_the_share_of_a_rank(dataset, world_size):
+    train = dataclasses.replace(CONFIG.train, accumulation_steps=2)
+    config = dataclasses.replace(CONFIG, train=train)
+    for rank in range(world_size):
+        whole = list(build_train_loader(CONFIG, dataset, epoch=0, rank=rank, world_size=world_size))
+        parts = list(build_train_loader(config, dataset, epoch=0, rank=rank, world_size=world_size))
+        assert len(parts) == 2 * len(whole)
+        for step, batch in enumerate(whole):
+            ids = torch.cat([part.image_ids for part in parts[2 * step : 2 * step + 2]])
+            assert torch.equal(ids, batch.image_ids)
+        rest = build_train_loader(
+            config, dataset, epoch=0, first_step=1, rank=rank, world_size=world_size
+        )
+        assert [part.image_ids.tolist() for part in rest] == [
+            part.image_ids.tolist() for part in parts[2:]
+        ]

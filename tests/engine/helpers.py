@@ -6,8 +6,10 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from msdetr.config import (
@@ -22,6 +24,8 @@ from msdetr.config import (
 )
 from msdetr.engine.checkpoint import changed_fields
 from msdetr.presets import PRESETS
+
+BATCH_SIZE, SEED = 4, 42
 
 TINY_MODEL = ModelConfig(
     backbone="convnet",
@@ -63,6 +67,42 @@ def tiny_config(data_root: Path, output: Path, **changes: object) -> RunConfig:
         device="cpu",
     )
     return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+
+
+def deterministic_config(data: Path, output: Path, **train: Any) -> RunConfig:
+    """Four steps in which nothing is drawn per rank: no dropout, no augmentation, all one-to-many
+    positives kept. `train` replaces fields of the training loop."""
+    return tiny_config(
+        data,
+        output,
+        model=dataclasses.replace(TINY_MODEL, num_classes=None, dropout=0.0),
+        assignment=AssignmentConfig(positive_fraction=1.0),
+        data=DataConfig(
+            root=data,
+            augmentation="none",
+            test_size=64,
+            max_size=64,
+            pad_multiple=32,
+            num_workers=0,
+        ),
+        # SGD, because Adam would blow up rounding differences of gradients near 0.
+        optimizer=OptimizerConfig(name="sgd", lr=1e-3, backbone_lr=1e-3, clip_grad_norm=1.0),
+        train=TrainConfig(
+            **{"epochs": 2, "batch_size": BATCH_SIZE, "log_every": 1, "max_steps": 4} | train
+        ),
+        seed=SEED,
+    )
+
+
+def assert_same_within_rounding(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Two reports of `processes.train_run` agree in losses, gradient norms and weights."""
+    assert actual["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert actual["grad_norms"] == pytest.approx(expected["grad_norms"], rel=1e-4)
+    for name, weight in expected["weights"].items():
+        # Rounding is small against what the steps have changed; weights around 1 round by 1e-7.
+        moved = (weight - expected["initial"][name]).abs().max()
+        difference = (weight - actual["weights"][name]).abs().max()
+        assert difference <= 1e-3 * moved + 1e-6, name
 
 
 def write_shapes(

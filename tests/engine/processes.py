@@ -60,23 +60,31 @@ def train_run(worker: Worker, config: RunConfig) -> dict[str, Any]:
     trainer = build_trainer(config, worker)
     image_ids, targets = [], []
     real_step = trainer.train_step
+    initial = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
 
-    def recorded_step(batch: Any) -> None:
-        image_ids.append(batch.image_ids.tolist())
-        targets.append(int(batch.targets.count.sum()))
-        real_step(batch)
+    def recorded_step(batches: Any) -> None:
+        image_ids.append([i for batch in batches for i in batch.image_ids.tolist()])
+        targets.append([int(batch.targets.count.sum()) for batch in batches])
+        real_step(batches)
 
     trainer.train_step = recorded_step  # type: ignore[method-assign]
     result = trainer.train()
-    lines = (config.output / METRICS_FILE).read_text().splitlines()
+    rows = [json.loads(line) for line in (config.output / METRICS_FILE).read_text().splitlines()]
     return {
-        "losses": [row["loss"] for row in map(json.loads, lines) if row["kind"] == "train"],
+        "losses": [row["loss"] for row in rows if row["kind"] == "train"],
+        "grad_norms": [row["grad_norm"] for row in rows if row["kind"] == "train"],
         "bad_rank_error": find_bad_rank(worker, worker.world_size - 1),
         "image_ids": image_ids,
         "targets": targets,
+        "initial": initial,
         "weights": trainer.model.state_dict(),
         "metrics": None if result is None else result.metrics,
     }
+
+
+def train_runs(worker: Worker, configs: dict[str, RunConfig]) -> dict[str, dict[str, Any]]:
+    """`train_run` of each configuration, in the same processes."""
+    return {name: train_run(worker, config) for name, config in configs.items()}
 
 
 def find_bad_rank(worker: Worker, bad_rank: int) -> str:

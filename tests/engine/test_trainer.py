@@ -21,14 +21,15 @@ from msdetr.config import (
     TrainConfig,
     config_to_dict,
 )
+from msdetr.engine import trainer as trainer_module
 from msdetr.engine.checkpoint import find_checkpoints, load_checkpoint
 from msdetr.engine.distributed import Worker
-from msdetr.engine.finite import NonFiniteError
+from msdetr.engine.finite import FiniteCheck, NonFiniteError
 from msdetr.engine.run import build_trainer
 from msdetr.engine.trainer import Trainer
 from msdetr.evaluation.coco_eval import CocoResult
 from msdetr.losses.criterion import Criterion
-from msdetr.model.detector import build_detector
+from msdetr.model.detector import Detector, build_detector
 from msdetr.structures import Batch, ImageBatch, Targets
 from msdetr.weights import load_weights
 
@@ -177,7 +178,7 @@ def test_when_evaluations_happen(
     assert evaluated == expected
 
 
-def _skip_step(self: Trainer, batch: Batch) -> None:
+def _skip_step(self: Trainer, batches: list[Batch]) -> None:
     self.step += 1
     self.meter.add(torch.zeros(()), torch.zeros(()), {})
 
@@ -246,7 +247,7 @@ def test_batch_size_must_fit_the_processes(shapes: Path, tmp_path: Path) -> None
     model = build_detector(TINY_MODEL)
     data = build_trainer(config, WORKER).train_data
     worker = Worker(device=torch.device("cpu"), rank=0, world_size=3)
-    with pytest.raises(ValueError, match=r"train\.batch_size \(4\).*divisible.*\(3\)"):
+    with pytest.raises(ValueError, match=r"train\.batch_size \(4\).*divisible by 3"):
         Trainer(config, model, data, None, worker)
 
 
@@ -262,23 +263,26 @@ def test_same_seed_same_weights(shapes: Path, tmp_path: Path) -> None:
 def test_non_finite_step_stops_the_run(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny_config(shapes, tmp_path / "run", train=train_config(checkpoint_every=1))
+    config = tiny_config(
+        shapes, tmp_path / "run", train=train_config(checkpoint_every=1, accumulation_steps=2)
+    )
     trainer = build_trainer(config, WORKER)
     real_step, seen = Trainer.train_step, []
 
-    def poisoned_step(self: Trainer, batch: Batch) -> None:
+    def poisoned_step(self: Trainer, batches: list[Batch]) -> None:
         if self.step == 1:  # the second step
-            pixels = batch.images.pixels.float() / 255
+            pixels = batches[0].images.pixels.float() / 255
             pixels[0, 0, 5, 5] = float("nan")
-            batch = batch._replace(images=batch.images._replace(pixels=pixels))
-            seen.extend(batch.image_ids.tolist())
+            batches[0] = batches[0]._replace(images=batches[0].images._replace(pixels=pixels))
+            seen.extend(image_id for batch in batches for image_id in batch.image_ids.tolist())
             self.weights_before = {k: v.clone() for k, v in self.model.state_dict().items()}
-        real_step(self, batch)
+        real_step(self, batches)
 
     monkeypatch.setattr(Trainer, "train_step", poisoned_step)
     with pytest.raises(NonFiniteError) as caught:
         trainer.train()
     assert "of step 2 is not finite" in str(caught.value)
+    assert len(seen) == 4  # of both micro-batches
     assert f"rank 0: image ids {seen}" in str(caught.value)
     assert steps(config) == [1]
     good = load_checkpoint(find_checkpoints(config.output)[-1][1])
@@ -286,6 +290,71 @@ def test_non_finite_step_stops_the_run(
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, trainer.weights_before[name])  # type: ignore[attr-defined]
         assert torch.equal(tensor, good.model[name])
+
+
+def test_a_bad_step_leaves_the_average_alone(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(shapes, tmp_path / "run", train=train_config(ema_decay=0.5))
+    trainer = build_trainer(config, WORKER)
+    assert trainer.ema is not None
+    batches = next(trainer._micro_batches())
+    trainer.train_step(batches)
+    before = {name: average.clone() for name, average in trainer.ema.averages.items()}
+    with torch.no_grad():
+        trainer.model.level_embed += 1.0  # so that the average would move
+    pixels = torch.full(batches[0].images.pixels.shape, torch.nan)
+    bad = batches[0]._replace(images=batches[0].images._replace(pixels=pixels))
+    with pytest.raises(NonFiniteError):
+        trainer.train_step([bad])
+    for name, average in trainer.ema.averages.items():
+        assert torch.equal(average, before[name]), name
+    trainer.finite = FiniteCheck(WORKER)
+    trainer.train_step(batches)
+    assert not torch.equal(trainer.ema.averages["level_embed"], before["level_embed"])
+
+
+def test_averaged_weights_are_evaluated(
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    evaluated: list[torch.Tensor] = []
+    real = trainer_module.evaluate_detector
+
+    def recorded(model: Detector, *args: Any, **options: Any) -> CocoResult | None:
+        evaluated.append(model.level_embed.detach().clone())
+        return real(model, *args, **options)
+
+    monkeypatch.setattr(trainer_module, "evaluate_detector", recorded)
+    config = tiny_config(
+        shapes,
+        tmp_path / "run",
+        train=train_config(epochs=1, eval_every=1, ema_decay=0.9, ema_warmup_steps=0),
+    )
+    with caplog.at_level(logging.INFO):
+        trainer, _ = train(config)
+    assert trainer.ema is not None
+    assert torch.equal(evaluated[0], trainer.ema.averages["level_embed"])
+    assert not torch.equal(evaluated[0], trainer.model.level_embed)
+    assert "evaluated 5 images with averaged weights" in caplog.text
+
+
+def test_activation_checkpointing_changes_nothing(shapes: Path, tmp_path: Path) -> None:
+    runs = [
+        train(
+            tiny_config(
+                shapes,
+                tmp_path / parts,
+                train=train_config(max_steps=2, activation_checkpointing=parts),
+            )
+        )[0]
+        for parts in ("none", "all")
+    ]
+    assert not runs[0].model.encoder.recompute
+    assert runs[1].model.encoder.recompute
+    assert_same_run(*runs)
 
 
 def test_bfloat16_keeps_weights_and_losses_in_float32(shapes: Path, tmp_path: Path) -> None:
