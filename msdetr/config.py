@@ -344,6 +344,24 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompileConfig:
+    """Compilation of the training step by torch.compile."""
+
+    mode: Literal["auto", "on", "off"] = "auto"
+    """`auto` compiles on CUDA and not on the CPU. What cannot be compiled is an error; `off` trains
+    without."""
+    warm_up: bool = True
+    """Compile all image buckets before the first step (with `data.num_image_buckets`), instead of
+    each when it is first met."""
+    cuda_graphs: bool = False
+    """Record each bucket's step as a CUDA graph and replay it: no work for the host in between.
+    Needs CUDA."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """From predictions to scored detections."""
 
@@ -379,6 +397,8 @@ class RunConfig:
     """The training loop."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation."""
+    compile: CompileConfig = field(default_factory=CompileConfig)
+    """Compilation."""
     output: Path = Path("runs/msdetr")
     """Run folder: configuration, metrics, checkpoints, results."""
     resume: str | None = None

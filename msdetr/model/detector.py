@@ -64,7 +64,8 @@ class Detector(nn.Module):
         Raises:
             ValueError: two-stage, and the images have fewer tokens than there are queries.
         """
-        pyramid, pos = self._extract(images)
+        features = self.backbone(self.normalize(images))
+        pyramid, pos = self.flatten(features, images)
         memory = self.encoder(pyramid, pos)
         queries = self.query_selection(memory, self.heads)
         one_to_one, one_to_many = self.decoder(queries, memory, self.heads)
@@ -80,9 +81,9 @@ class Detector(nn.Module):
         self.encoder.recompute = parts != "none"
         self.decoder.recompute = self.backbone.recompute = parts == "all"
 
-    def _extract(self, images: ImageBatch) -> tuple[FeaturePyramid, Tensor]:
-        """Feature levels and their position codes [B, S, C], flattened."""
-        levels = self.neck(self.backbone(self._normalize(images)))
+    def flatten(self, features: list[Tensor], images: ImageBatch) -> tuple[FeaturePyramid, Tensor]:
+        """Feature levels and their position codes [B, S, C], from the backbone's features."""
+        levels = self.neck(features)
         spatial_shapes = tuple((level.shape[2], level.shape[3]) for level in levels)
         padded_size = (images.pixels.shape[2], images.pixels.shape[3])
         valid_sizes = level_valid_sizes(images.sizes, padded_size, spatial_shapes)
@@ -97,7 +98,8 @@ class Detector(nn.Module):
         )
         return FeaturePyramid(tokens, spatial_shapes, valid_sizes), pos
 
-    def _normalize(self, images: ImageBatch) -> Tensor:
+    def normalize(self, images: ImageBatch) -> Tensor:
+        """The backbone's input [B, 3, H, W]."""
         pixels = images.pixels
         if pixels.is_floating_point():
             return pixels
