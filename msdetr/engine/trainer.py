@@ -216,27 +216,29 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, averages and optimizer state, named as in a checkpoint; shards where sharded."""
+        averages = {} if self.ema is None else self.ema.averages
+        return {
+            **_with_prefix(self.model.state_dict(), MODEL),
+            **_with_prefix(averages, AVERAGE),
+            **optimizer_tensors(optimizer_state_by_name(self.optimizer, self.model)),
+        }
+
     def save(self) -> None:
         """Write a checkpoint and the weights file. All ranks call it."""
         self.finite.verify()
         with self.meter.paused():
-            weights = self.model.state_dict()
-            averages = {} if self.ema is None else self.ema.averages
-            states = optimizer_state_by_name(self.optimizer, self.model)
-            progress = self._progress()
-            output = self.config.output
+            output, progress = self.config.output, self._progress()
             path = save_checkpoint(
-                {
-                    **_with_prefix(weights, MODEL),
-                    **_with_prefix(averages, AVERAGE),
-                    **optimizer_tensors(states),
-                },
+                self.tensors(),
                 progress,
                 output,
                 self.worker,
                 keep=self.config.train.keep_checkpoints,
             )
-            exported = {name: full_tensor(x) for name, x in (weights | averages).items()}
+            weights = self.model.state_dict() | ({} if self.ema is None else self.ema.averages)
+            exported = {name: full_tensor(tensor) for name, tensor in weights.items()}
             if self.worker.is_main:
                 save_weights(output / WEIGHTS_FILE, exported, self.config, progress.label_map)
         averaged = "" if self.ema is None else " (averaged)"
