@@ -405,6 +405,9 @@ class RunConfig:
     """Checkpoint to go on from; `auto` takes the newest of the run folder, if there is one."""
     weights: Path | None = None
     """Weights to start from (ours or published); training starts at step 0."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: each holds the whole model (`ddp`), or a shard of its parameters,
+    gradients and optimizer state (`fsdp`). Checkpoints of one continue in the other."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes CUDA where there is one."""
     seed: int = 42
@@ -416,6 +419,10 @@ class RunConfig:
             raise ValueError(f"seed must not be negative, got {self.seed}")
         if self.resume is not None and self.weights is not None:
             raise ValueError("resume continues a run, weights starts a new one: give one of them")
+        if self.parallel == "fsdp" and self.optimizer.name == "sgd":
+            raise ValueError(
+                "parallel fsdp needs optimizer.name adamw: torch's fused SGD takes no shards"
+            )
 
 
 def _check_types(config: Any) -> None:

@@ -60,17 +60,23 @@ def save_weights(
     }
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:  # safetensors' own writer would let only the owner read
-            file.write(save(tensors, metadata))
-            file.flush()
-            os.fsync(file.fileno())
+        # safetensors' own writer would let only the owner read.
+        write_and_sync(partial, save(tensors, metadata))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def write_and_sync(path: Path, content: bytes) -> None:
+    """Write a file, and wait until its content is on the disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
     """Wait until the names in a folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "train a detector from a preset",
     "evaluate": "score a detector on a data set with COCO metrics",
     "predict": "detect in images, draw and list what was found",
+    "export": "write the weights of a checkpoint into one file",
     "doctor": "check a data set before hours are spent on it",
     "demo": "train, evaluate and draw on a small generated data set",
 }

@@ -1,17 +1,23 @@
 """Checkpoints of a run: written whole or not at all, the newest few kept, read safely.
 
-A checkpoint is one file, `<run folder>/checkpoints/step-00001234.pt`, with the keys of
-`Checkpoint`. It is written under a temporary name in the same folder, synced to the disk and
-renamed, so that a file of the final name is complete whatever happens meanwhile. Files are read
-with `weights_only=True`: they hold tensors and plain values, never code.
+A checkpoint is a folder, `<run folder>/checkpoints/step-00001234`, of the tensors as
+`msdetr.engine.tensor_files` writes them and of `checkpoint.json`, which holds everything else. It
+is the same whether the run had one process or many, whole copies of the model or shards, and any
+of these can go on from it. Ranks write it under a temporary name; rank 0 renames it once all of it
+is on the disk, so that a folder of the final name is complete whatever happens meanwhile. There is
+nothing in it that could be executed.
+
+Earlier versions wrote one file, `step-00001234.pt`. It is read with `weights_only=True`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
-import os
 import re
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,21 +26,32 @@ import torch
 from torch import Tensor
 
 from msdetr.config import ModelConfig, RunConfig, config_from_dict, config_to_dict
+from msdetr.engine.distributed import Worker, barrier
+from msdetr.engine.tensor_files import (
+    TensorFolder,
+    TensorsInMemory,
+    TensorSource,
+    read_tensors,
+    write_tensors,
+)
+from msdetr.weights import sync_folder, write_and_sync
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
-_FILE_NAME = re.compile(r"step-(\d{8,})\.pt")
+METADATA_FILE = "checkpoint.json"
+_FORMAT = "msdetr checkpoint 2"
+_NAME = re.compile(r"step-(\d{8,})(\.pt)?")
+_PARTIAL = ".partial"
+
+# Tensors are named by what they belong to: `model.NAME`, `average.NAME`, `optimizer.NAME.KEY`.
+MODEL, AVERAGE, OPTIMIZER = "model.", "average.", "optimizer."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """Everything a run needs to go on."""
+class Progress:
+    """Where a run stands: everything but its tensors."""
 
-    model: dict[str, Tensor]
-    """The model's state dict."""
-    optimizer: dict[str, dict[str, Any]]
-    """Optimizer state by parameter name."""
     step: int
     """Optimizer steps done."""
     epoch: int
@@ -50,65 +67,155 @@ class Checkpoint:
 
     @property
     def run_config(self) -> RunConfig:
-        """The configuration of the run that wrote it."""
+        """The configuration of the run."""
         return config_from_dict(RunConfig, self.config)
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint. Its tensors are read when they are asked for."""
+
+    path: Path
+    """The folder, or the file of an earlier version."""
+    progress: Progress
+    """Everything but the tensors."""
+    tensors: TensorSource
+    """Weights, their averages where the run kept them, and optimizer state."""
+
+    @property
+    def has_averages(self) -> bool:
+        """Whether the run kept a running average of its weights."""
+        return any(name.startswith(AVERAGE) for name in self.tensors.index)
+
+    def weights(self, *, averaged: bool = True) -> dict[str, Tensor]:
+        """The model's state dict on the CPU; with `averaged`, the averages where there are any."""
+        weights = read_tensors(self.tensors, MODEL)
+        return weights | read_tensors(self.tensors, AVERAGE) if averaged else weights
+
+
 def checkpoint_path(run_folder: Path, step: int) -> Path:
-    """The file of the checkpoint after `step` steps."""
-    return run_folder / FOLDER / f"step-{step:08d}.pt"
+    """The folder of the checkpoint after `step` steps."""
+    return run_folder / FOLDER / f"step-{step:08d}"
 
 
 def find_checkpoints(run_folder: Path) -> list[tuple[int, Path]]:
-    """(step, file) of the run's checkpoints, oldest first."""
-    files = (run_folder / FOLDER).glob("step-*.pt")
-    matches = ((_FILE_NAME.fullmatch(file.name), file) for file in files)
-    return sorted((int(match.group(1)), file) for match, file in matches if match)
+    """(step, path) of the run's checkpoints, oldest first."""
+    paths = (run_folder / FOLDER).glob("step-*")
+    matches = ((_NAME.fullmatch(path.name), path) for path in paths)
+    return sorted((int(match.group(1)), path) for match, path in matches if match)
 
 
-def save_checkpoint(checkpoint: Checkpoint, run_folder: Path, *, keep: int) -> Path:
-    """Write the checkpoint, then delete all but the `keep` newest up to its step.
+def save_checkpoint(
+    tensors: Mapping[str, Tensor],
+    progress: Progress,
+    run_folder: Path,
+    worker: Worker,
+    *,
+    keep: int,
+) -> Path:
+    """Write a checkpoint, then delete all but the `keep` newest up to its step.
 
-    Call on rank 0 only. Raises OSError where the disk refuses; the older checkpoints are then
-    untouched.
+    All ranks call it; they share the run folder.
+
+    Args:
+        tensors: sharded, or the same on every rank; named as said at `MODEL`.
+        progress: the same on every rank.
+        run_folder: its `checkpoints` folder is made.
+        worker: this process.
+        keep: at least 1.
+
+    Raises:
+        OSError: the disk refuses, or the ranks write to different disks. Older checkpoints are
+            untouched.
     """
-    path = checkpoint_path(run_folder, checkpoint.step)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob("*.partial"):  # of a run that was killed while it wrote
-        leftover.unlink()
-    write_atomically(path, dict(vars(checkpoint)))
-    # Files of later steps are unreadable ones that a resumed run has skipped: not this run's own.
-    own = [file for step, file in find_checkpoints(run_folder) if step <= checkpoint.step]
-    for file in own[:-keep]:
-        file.unlink()
+    path = checkpoint_path(run_folder, progress.step)
+    partial = path.with_name(path.name + _PARTIAL)
+    if worker.is_main:
+        for leftover in path.parent.glob(f"*{_PARTIAL}"):  # of a run that was killed
+            _delete(leftover)
+        partial.mkdir(parents=True)
+    barrier(worker)
+    write_tensors(tensors, partial, worker)
+    if worker.is_main:
+        _finish(tensors, progress, partial)
+        if path.exists():  # One that could not be read.
+            _delete(path)
+        partial.replace(path)
+        sync_folder(path.parent)
+        # Those of later steps are unreadable ones that a resumed run has skipped: not its own.
+        own = [p for step, p in find_checkpoints(run_folder) if step <= progress.step]
+        for old in own[:-keep]:
+            _delete(old)
     return path
 
 
-def write_atomically(path: Path, payload: Any) -> None:
-    """`torch.save` such that `path` holds either its old content or all of `payload`."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        torch.save(payload, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    # The rename itself is durable once the folder is synced.
-    folder = os.open(path.parent, os.O_RDONLY)
+def _finish(tensors: Mapping[str, Tensor], progress: Progress, folder: Path) -> None:
+    """Check that the files of all ranks are there, and list them."""
+    written = _open_folder(folder).index
+    if {name: x.shape for name, x in tensors.items()} != {n: x.shape for n, x in written.items()}:
+        raise OSError(
+            f"{folder} lacks what other processes have written: the run folder (output) must be on "
+            "a disk that all machines share"
+        )
+    files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+    content = {"format": _FORMAT, **vars(progress), "files": files}
+    write_and_sync(folder / METADATA_FILE, json.dumps(content, indent=2).encode())
+    sync_folder(folder)
+
+
+def _open_folder(folder: Path) -> TensorFolder:
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        return TensorFolder(folder)
+    except ValueError as error:
+        raise OSError(f"what was just written cannot be read: {error}") from error
+
+
+def _delete(path: Path) -> None:
+    """Delete a checkpoint; what is killed meanwhile does not leave a part under its name."""
+    if path.is_file():
+        path.unlink()
+        return
+    if not path.name.endswith(_PARTIAL):
+        path = path.replace(path.with_name(f"{path.name}.old{_PARTIAL}"))
+    shutil.rmtree(path)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint to host memory.
+    """Open a checkpoint.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged or not a checkpoint of this project.
+        FileNotFoundError: there is none.
+        ValueError: it is incomplete, damaged or not a checkpoint of this project.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
+    if path.is_dir():
+        return _load_folder(path)
+    if path.is_file():
+        return _load_file(path)
+    raise FileNotFoundError(f"there is no checkpoint {path}")
+
+
+def _load_folder(path: Path) -> Checkpoint:
+    try:
+        content = json.loads((path / METADATA_FILE).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not a checkpoint: it has no {METADATA_FILE}") from None
+    except ValueError as error:
+        raise ValueError(f"{path / METADATA_FILE} is damaged: {error}") from error
+    names = {field.name for field in dataclasses.fields(Progress)}
+    if not isinstance(content, dict) or set(content) != {*names, "format", "files"}:
+        raise ValueError(f"{path / METADATA_FILE} is not of a training checkpoint of msdetr")
+    if content["format"] != _FORMAT:
+        raise ValueError(f"{path} has the format {content['format']!r}, and {_FORMAT!r} is known")
+    for name, size in content["files"].items():
+        file = path / Path(name).name
+        if not file.is_file() or file.stat().st_size != size:
+            raise ValueError(f"{path} is incomplete: {name} is missing or has another size")
+    progress = Progress(**{name: content[name] for name in names})
+    return Checkpoint(path, progress, TensorFolder(path))
+
+
+def _load_file(path: Path) -> Checkpoint:
+    """A checkpoint of an earlier version."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its unpickler stumbles over
@@ -117,13 +224,28 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"{path} is not a readable checkpoint: it is damaged, or holds more than tensors and "
             "plain values"
         ) from error
-    names = {f.name for f in dataclasses.fields(Checkpoint)}
-    if not isinstance(content, dict) or set(content) != names:
+    names = {field.name for field in dataclasses.fields(Progress)}
+    if not isinstance(content, dict) or set(content) != {*names, "model", "optimizer"}:
         raise ValueError(f"{path} is not a training checkpoint of msdetr: its keys differ")
-    return Checkpoint(**content)
+    tensors = {
+        **{MODEL + name: tensor for name, tensor in content["model"].items()},
+        **optimizer_tensors(content["optimizer"]),
+    }
+    progress = Progress(**{name: content[name] for name in names})
+    return Checkpoint(path, progress, TensorsInMemory(tensors))
 
 
-def load_newest_checkpoint(run_folder: Path) -> tuple[Path, Checkpoint] | None:
+def optimizer_tensors(states: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
+    """Optimizer state by parameter name, as tensors of a checkpoint."""
+    return {
+        f"{OPTIMIZER}{name}.{key}": value
+        for name, state in states.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_newest_checkpoint(run_folder: Path) -> Checkpoint | None:
     """The newest readable checkpoint of a run; unreadable ones are warned about and passed over.
 
     None where the run has no checkpoint.
@@ -134,7 +256,7 @@ def load_newest_checkpoint(run_folder: Path) -> tuple[Path, Checkpoint] | None:
     found = find_checkpoints(run_folder)
     for step, path in reversed(found):
         try:
-            return path, load_checkpoint(path)
+            return load_checkpoint(path)
         except (ValueError, OSError) as error:
             logger.warning("PASSING OVER THE CHECKPOINT OF STEP %d: %s", step, error)
     if found:
@@ -150,27 +272,29 @@ def check_resumable(
     Raises:
         ValueError: the model, the classes, or the number of steps per epoch differ.
     """
-    before, now = checkpoint.config["model"], config_to_dict(config)["model"]
+    progress = checkpoint.progress
+    # Fields that its version did not have yet get their defaults.
+    before, now = config_to_dict(progress.run_config), config_to_dict(config)
     # Where the first weights came from no longer matters.
     model_fields = {f.name for f in dataclasses.fields(ModelConfig)} - {"backbone_weights"}
     changed = [
-        f"model.{name} was {before.get(name)!r}, is {now[name]!r}"
+        f"model.{name} was {before['model'][name]!r}, is {now['model'][name]!r}"
         for name in sorted(model_fields)
-        if before.get(name) != now[name]
+        if before["model"][name] != now["model"][name]
     ]
     if changed:
         raise ValueError(f"cannot resume with another model: {'; '.join(changed)}")
-    if checkpoint.label_map != label_map:
+    if progress.label_map != label_map:
         raise ValueError(
             "cannot resume with other classes: the annotation file's categories differ"
         )
-    if checkpoint.steps_per_epoch != steps_per_epoch:
+    if progress.steps_per_epoch != steps_per_epoch:
         raise ValueError(
-            f"cannot resume: an epoch was {checkpoint.steps_per_epoch} steps and is now "
+            f"cannot resume: an epoch was {progress.steps_per_epoch} steps and is now "
             f"{steps_per_epoch} (other images or another train.batch_size); "
             "--weights starts a new run from these weights"
         )
-    for name, old, new in changed_fields(checkpoint.config, config_to_dict(config)):
+    for name, old, new in changed_fields(before, now):
         if name not in ("resume", "weights", "output", "model.backbone_weights"):
             logger.info("resuming with %s = %r (was %r)", name, new, old)
 

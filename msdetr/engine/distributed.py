@@ -71,6 +71,11 @@ def broadcast_model(model: nn.Module, worker: Worker) -> None:
             dist.broadcast(tensor, src=0)
 
 
+def barrier(worker: Worker) -> None:
+    """Wait until all ranks are here."""
+    all_gather_objects(None, worker)  # on the host, where NCCL has no say
+
+
 def broadcast_object(value: T, worker: Worker) -> T:
     """Rank 0's `value`, on every rank. Any picklable object; for control, not for tensors."""
     if worker.world_size == 1:

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from msdetr.engine.parallel import local_tensor
 
 
 class WeightAverage:
@@ -48,8 +49,8 @@ class WeightAverage:
         False."""
         # The weight is on the device, where `finite` is: `_foreach_lerp_` takes it from the host.
         weight = torch.where(finite, self._weight, 0.0)
-        averages = [_local(average) for average in self.averages.values()]
-        steps = torch._foreach_sub([_local(p) for p in self._parameters.values()], averages)
+        averages = [local_tensor(average) for average in self.averages.values()]
+        steps = torch._foreach_sub(list(map(local_tensor, self._parameters.values())), averages)
         torch._foreach_mul_(steps, weight)
         torch._foreach_add_(averages, steps)
 
@@ -70,12 +71,7 @@ class WeightAverage:
     @torch.no_grad()
     def _exchange(self) -> None:
         for name, parameter in self._parameters.items():
-            weight, average = _local(parameter), _local(self.averages[name])
+            weight, average = local_tensor(parameter), local_tensor(self.averages[name])
             saved = weight.clone()
             weight.copy_(average)
             average.copy_(saved)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

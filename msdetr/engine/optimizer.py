@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from msdetr.config import OptimizerConfig
+from msdetr.engine.parallel import full_tensor
 from msdetr.model.attention import MSDeformAttn
 from msdetr.model.detector import Detector
 
@@ -106,10 +107,10 @@ def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     """Scale the gradients to a total norm of at most `max_norm` (0: leave them as they are).
 
-    Returns the norm before scaling, 0-dim, on the device.
+    Returns the norm before scaling, of all shards where there are some; 0-dim, on the device.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    norm = full_tensor(torch.nn.utils.get_total_norm(gradients, foreach=True))
     if max_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
     return norm
@@ -122,6 +123,33 @@ def optimizer_state_by_name(optimizer: Optimizer, model: nn.Module) -> dict[str,
     """
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     return {names[parameter]: dict(state) for parameter, state in optimizer.state.items()}
+
+
+def optimizer_state_targets(
+    model: nn.Module, states: Mapping[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """Tensors to read optimizer state into, sharded as the parameters are.
+
+    Args:
+        model: whose parameters the state belongs to.
+        states: what there is to read, `NAME.KEY` with a parameter's name, of any content.
+
+    Raises:
+        ValueError: `model` has no such parameter.
+    """
+    parameters = dict(model.named_parameters())
+    targets: dict[str, dict[str, Tensor]] = {}
+    for full_name, like in states.items():
+        name, _, key = full_name.rpartition(".")
+        if name not in parameters:
+            raise ValueError(f"the optimizer state is of parameters that do not exist here: {name}")
+        parameter = parameters[name].detach()
+        targets.setdefault(name, {})[key] = (
+            torch.empty_like(parameter)
+            if like.shape == parameter.shape
+            else torch.empty_like(like, device=parameter.device)
+        )
+    return targets
 
 
 def load_optimizer_state(

@@ -1,26 +1,48 @@
-"""How the processes of a run share the gradients."""
+"""How the processes of a run share a model: whole copies (DDP) or shards of it (FSDP2).
+
+Both give the gradient of the mean over ranks of the ranks' losses, and compute in the same
+precision: parameters and gradients are float32, and autocast chooses what is computed in bfloat16.
+
+Shards (`fully_shard`, the second stage of ZeRO, Rajbhandari et al., arXiv:1910.02054): parameters,
+gradients and optimizer state are divided over the ranks. Parameters are gathered for the forward
+pass and kept for the backward pass, so that a step moves as many bytes as DDP's all-reduce. These
+models are small against what their activations take; gathering a second time would save less
+memory than one encoder layer's activations.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from msdetr.engine.distributed import Worker
+from msdetr.model.detector import Detector
 
 
-def distribute(model: nn.Module, worker: Worker) -> nn.Module:
+def distribute(model: Detector, worker: Worker, parallel: Literal["ddp", "fsdp"]) -> nn.Module:
     """What to call in training: its backward pass averages the gradients over ranks.
 
     Args:
-        model: with the same weights on every rank.
+        model: with the same weights on every rank. `fsdp` replaces its parameters by shards: take
+            those of the optimizer afterwards.
         worker: this process; a single one needs nothing.
+        parallel: whole copies or shards.
     """
     if worker.world_size == 1:
         return model
+    return _replicate(model, worker) if parallel == "ddp" else _shard(model, worker)
+
+
+def _replicate(model: Detector, worker: Worker) -> nn.Module:
     options: dict[str, Any] = {}
     if worker.device.type == "cuda":
         options["device_ids"] = [worker.device.index]
@@ -32,12 +54,55 @@ def distribute(model: nn.Module, worker: Worker) -> nn.Module:
     return DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
 
 
-def gradient_sync(model: nn.Module, *, enabled: bool) -> contextlib.AbstractContextManager[None]:
+def _shard(model: Detector, worker: Worker) -> nn.Module:
+    mesh = init_device_mesh(worker.device.type, (worker.world_size,))
+    # It takes contiguous parameters only. Activations stay channels-last.
+    model.to(memory_format=torch.contiguous_format)
+    # Each part is gathered while the one before it computes. The rest belongs to the whole.
+    for part in (*model.backbone.stages, *model.encoder.layers, *model.decoder.layers, model):
+        fully_shard(part, mesh=mesh, reshard_after_forward=False)
+    return model
+
+
+@contextlib.contextmanager
+def gradient_sync(model: nn.Module, *, enabled: bool) -> Iterator[None]:
     """A context for forward and backward of what `distribute` gave.
 
     Where not `enabled`, gradients stay each rank's own: more micro-batches follow, and the last
     one's backward pass averages the sum.
     """
-    if not enabled and isinstance(model, DistributedDataParallel):
-        return model.no_sync()
-    return contextlib.nullcontext()
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)
+        model.set_reshard_after_backward(enabled)
+    if isinstance(model, DistributedDataParallel) and not enabled:
+        with model.no_sync():
+            yield
+    else:
+        yield
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Every rank holds all parameters of the model in this context, where they are sharded.
+
+    Its forward passes then need no other rank: ranks may make different numbers of them. All ranks
+    enter it together.
+    """
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in shards:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in shards:
+            module.reshard()
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded. All ranks call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be sharded; shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -41,26 +41,32 @@ class LoadedDetector:
         return LabelMap(labels, labels, tuple(f"class {label}" for label in labels), num_classes)
 
 
-def read_weights(path: Path, config: RunConfig | None = None) -> Weights:
+def read_weights(path: Path, config: RunConfig | None = None, *, averaged: bool = True) -> Weights:
     """Read weights from `.safetensors`, a checkpoint of ours, or a published `.pth`.
 
     Args:
-        path: the file; its content decides what it is.
+        path: the file or folder; its content decides what it is.
         config: what published weights belong to; None derives it from the file.
+        averaged: of a checkpoint of ours, take the running averages where it has them.
 
     Raises:
         ValueError: the file is none of these, or damaged. OSError: it cannot be read.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"there is no weights file {path}")
     if path.suffix == ".safetensors":
         return load_weights(path)
     try:
         checkpoint = load_checkpoint(path)
-    except ValueError:  # Not ours, then.
-        published = load_published_checkpoint(path, config=config)
+    except ValueError:
+        if path.is_dir():
+            raise
+        published = load_published_checkpoint(path, config=config)  # Not ours, then.
         return Weights(published.state_dict, published.config, None)
-    return Weights(checkpoint.model, checkpoint.run_config, checkpoint.label_map)
+    if averaged and checkpoint.has_averages:
+        logger.info("taking the averaged weights of %s", path)
+    progress = checkpoint.progress
+    return Weights(checkpoint.weights(averaged=averaged), progress.run_config, progress.label_map)
 
 
 def load_detector(path: Path) -> LoadedDetector:

@@ -49,13 +49,13 @@ def build_trainer(config: RunConfig, worker: Worker) -> Trainer:
     trainer = Trainer(config, model, train_data, val_data, worker)
     if source is not None:
         check_resumable(
-            source[1],
+            source,
             config,
             steps_per_epoch=trainer.steps_per_epoch,
             label_map=label_map.to_dict(),
         )
-        trainer.load(source[1])
-        logger.info("resuming after step %d from %s", trainer.step, source[0])
+        trainer.load(source)
+        logger.info("resuming after step %d from %s", trainer.step, source.path)
     if worker.is_main:
         _write_config(config)
     _log_start(trainer)
@@ -78,7 +78,7 @@ def resolve_num_classes(config: RunConfig, label_map: LabelMap) -> RunConfig:
     return dataclasses.replace(config, model=model)
 
 
-def find_resume_source(config: RunConfig, worker: Worker) -> tuple[Path, Checkpoint] | None:
+def find_resume_source(config: RunConfig, worker: Worker) -> Checkpoint | None:
     """The checkpoint that the run goes on from, the same on every rank; None for a new run.
 
     Raises:
@@ -88,11 +88,11 @@ def find_resume_source(config: RunConfig, worker: Worker) -> tuple[Path, Checkpo
     output = config.output
     if config.resume == "auto":
         newest = load_newest_checkpoint(output) if worker.is_main else None
-        path = broadcast_object(newest[0] if newest else None, worker)
+        path = broadcast_object(newest.path if newest else None, worker)
         if path is None:
             logger.info("no checkpoint in %s: starting a new run", output)
             return None
-        return newest or (path, load_checkpoint(path))
+        return newest or load_checkpoint(path)
     existing = find_checkpoints(output)
     if config.resume is None:
         if existing:
@@ -102,12 +102,12 @@ def find_resume_source(config: RunConfig, worker: Worker) -> tuple[Path, Checkpo
             )
         return None
     checkpoint = load_checkpoint(Path(config.resume))
-    if existing and existing[-1][0] > checkpoint.step:
+    if existing and existing[-1][0] > checkpoint.progress.step:
         raise ValueError(
             f"{output} holds checkpoints up to step {existing[-1][0]}, and {config.resume} is of "
-            f"step {checkpoint.step}: choose another --output, or remove the later ones"
+            f"step {checkpoint.progress.step}: choose another --output, or remove the later ones"
         )
-    return Path(config.resume), checkpoint
+    return checkpoint
 
 
 def build_model(config: RunConfig, worker: Worker, *, initialize: bool) -> Detector:

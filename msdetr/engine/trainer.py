@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,15 @@ from msdetr.config import RunConfig, config_to_dict
 from msdetr.data.dataset import DetectionDataset
 from msdetr.data.loader import build_eval_loader, build_train_loader, steps_per_epoch
 from msdetr.data.sampler import rank_batch_size
-from msdetr.engine.checkpoint import Checkpoint, save_checkpoint
+from msdetr.engine.checkpoint import (
+    AVERAGE,
+    MODEL,
+    OPTIMIZER,
+    Checkpoint,
+    Progress,
+    optimizer_tensors,
+    save_checkpoint,
+)
 from msdetr.engine.device import autocast, to_device
 from msdetr.engine.distributed import MeanOverRanks, Worker
 from msdetr.engine.ema import WeightAverage
@@ -27,13 +35,14 @@ from msdetr.engine.optimizer import (
     learning_rate_factor,
     load_optimizer_state,
     optimizer_state_by_name,
+    optimizer_state_targets,
     set_learning_rate,
 )
-from msdetr.engine.parallel import distribute, gradient_sync
+from msdetr.engine.parallel import distribute, full_tensor, gathered, gradient_sync
 from msdetr.engine.seeding import seed_step
 from msdetr.evaluation.coco_eval import CocoEvaluator, CocoResult
 from msdetr.losses.criterion import Criterion, LossOutput, add_losses
-from msdetr.model.checkpoint_adapter import load_state
+from msdetr.model.checkpoint_adapter import check_state
 from msdetr.model.detector import Detector
 from msdetr.structures import Batch
 from msdetr.weights import save_weights
@@ -89,6 +98,8 @@ class Trainer:
         self.schedule_steps = train.epochs * self.steps_per_epoch
         self.last_step = min(self.schedule_steps, train.max_steps or self.schedule_steps)
         self.criterion = Criterion(config.assignment, config.loss)
+        # Before anything takes the parameters, which it may replace.
+        self.distributed_model = distribute(model, worker, config.parallel)
         self.optimizer = build_optimizer(model, config.optimizer)
         self.ema: WeightAverage | None = None
         if train.ema_decay is not None:
@@ -100,13 +111,27 @@ class Trainer:
         self.finite = FiniteCheck(worker)
         self.metrics = MetricsWriter(config.output, worker)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self.distributed_model = distribute(model, worker)
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint of the same model, data and batch size."""
-        load_state(self.model, checkpoint.model)
-        load_optimizer_state(self.optimizer, self.model, checkpoint.optimizer)
-        self.step = checkpoint.step
+        """Go on from a checkpoint of the same model, data and batch size.
+
+        Raises:
+            ValueError: its tensors do not fit the model.
+        """
+        index = checkpoint.tensors.index
+        check_state(self.model, _without_prefix(index, MODEL))
+        states = optimizer_state_targets(self.model, _without_prefix(index, OPTIMIZER))
+        targets = _with_prefix(self.model.state_dict(), MODEL) | optimizer_tensors(states)
+        if self.ema is not None and checkpoint.has_averages:
+            targets |= _with_prefix(self.ema.averages, AVERAGE)
+        checkpoint.tensors.load(targets)
+        load_optimizer_state(self.optimizer, self.model, states)
+        if self.ema is not None and not checkpoint.has_averages:
+            self.ema.restart()
+            logger.warning("%s has no averaged weights: they start anew", checkpoint.path)
+        elif self.ema is None and checkpoint.has_averages:
+            logger.warning("%s has averaged weights: given up without ema_decay", checkpoint.path)
+        self.step = checkpoint.progress.step
 
     def train(self) -> CocoResult | None:
         """Train to the last step.
@@ -191,26 +216,33 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, averages and optimizer state, named as in a checkpoint; shards where sharded."""
+        averages = {} if self.ema is None else self.ema.averages
+        return {
+            **_with_prefix(self.model.state_dict(), MODEL),
+            **_with_prefix(averages, AVERAGE),
+            **optimizer_tensors(optimizer_state_by_name(self.optimizer, self.model)),
+        }
+
     def save(self) -> None:
-        """Write a checkpoint and the weights file. All ranks call it; rank 0 writes."""
+        """Write a checkpoint and the weights file. All ranks call it."""
         self.finite.verify()
-        if not self.worker.is_main:
-            return
         with self.meter.paused():
-            checkpoint = Checkpoint(
-                model=self.model.state_dict(),
-                optimizer=optimizer_state_by_name(self.optimizer, self.model),
-                step=self.step,
-                epoch=self.step // self.steps_per_epoch,
-                steps_per_epoch=self.steps_per_epoch,
-                config=config_to_dict(self.config),
-                label_map=self.label_map.to_dict(),
-                world_size=self.worker.world_size,
+            output, progress = self.config.output, self._progress()
+            path = save_checkpoint(
+                self.tensors(),
+                progress,
+                output,
+                self.worker,
+                keep=self.config.train.keep_checkpoints,
             )
-            output = self.config.output
-            path = save_checkpoint(checkpoint, output, keep=self.config.train.keep_checkpoints)
-            save_weights(output / WEIGHTS_FILE, checkpoint.model, self.config, checkpoint.label_map)
-        logger.info("step %d: wrote %s", self.step, path)
+            weights = self.model.state_dict() | ({} if self.ema is None else self.ema.averages)
+            exported = {name: full_tensor(tensor) for name, tensor in weights.items()}
+            if self.worker.is_main:
+                save_weights(output / WEIGHTS_FILE, exported, self.config, progress.label_map)
+        averaged = "" if self.ema is None else " (averaged)"
+        logger.info("step %d: wrote %s and %s%s", self.step, path, WEIGHTS_FILE, averaged)
 
     def evaluate(self) -> CocoResult | None:
         """Score the validation images. All ranks call it; rank 0 has the result."""
@@ -218,7 +250,7 @@ class Trainer:
         config, worker, data = self.config, self.worker, self.val_data
         assert data is not None, "without eval_every there is no validation set"
         started = time.perf_counter()
-        with self.meter.paused(), self._averages_applied():
+        with self.meter.paused(), self._averages_applied(), gathered(self.model):
             result = evaluate_detector(
                 self.model,
                 build_eval_loader(config, data, rank=worker.rank, world_size=worker.world_size),
@@ -277,6 +309,16 @@ class Trainer:
             self.meter.add_wait(time.perf_counter() - started)
             yield micro_batches
 
+    def _progress(self) -> Progress:
+        return Progress(
+            step=self.step,
+            epoch=self.step // self.steps_per_epoch,
+            steps_per_epoch=self.steps_per_epoch,
+            config=config_to_dict(self.config),
+            label_map=self.label_map.to_dict(),
+            world_size=self.worker.world_size,
+        )
+
     def _averages_applied(self) -> contextlib.AbstractContextManager[None]:
         """A context in which the model has its averaged weights, if there are any."""
         return contextlib.nullcontext() if self.ema is None else self.ema.applied()
@@ -328,3 +370,11 @@ class Trainer:
             return False
         epoch, rest = divmod(self.step, self.steps_per_epoch)
         return self.step == self.last_step or (rest == 0 and epoch % every == 0)
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def _without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}

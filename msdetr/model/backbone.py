@@ -70,7 +70,7 @@ class ResNetBackbone(nn.Module):
 class _Stage(nn.Sequential):
     """Bottleneck blocks of torchvision."""
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         for block in self:
             x = _bottleneck(x, cast(Bottleneck, block))
         return x

@@ -228,6 +228,16 @@ def load_state(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         ValueError: keys are missing or unexpected or have another shape; every one is listed,
             with its published name.
     """
+    check_state(model, state_dict)
+    model.load_state_dict(dict(state_dict), strict=True)
+
+
+def check_state(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Compare names and shapes with the model's own; the content does not matter.
+
+    Raises:
+        ValueError: as `load_state`.
+    """
     expected = model.state_dict()
     problems = []
     for key in sorted(expected.keys() - state_dict.keys()):
@@ -240,7 +250,6 @@ def load_state(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
             problems.append(f"shape {found} instead of {needed}: {_both_names(key)}")
     if problems:
         raise ValueError("these weights do not fit the model:\n  " + "\n  ".join(problems))
-    model.load_state_dict(dict(state_dict), strict=True)
 
 
 def _both_names(our_name: str) -> str:

@@ -47,7 +47,7 @@ def test_evaluate(
     run: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--data.root", str(shapes), "--device", "cpu"]
-    checkpoint = run / "checkpoints" / "step-00000001.pt"
+    checkpoint = run / "checkpoints" / "step-00000001"
     assert evaluate.main(["--checkpoint", str(checkpoint), *options]) == 0
     table = capsys.readouterr().out
     assert table.count("Average Precision") == table.count("Average Recall") == 6
@@ -141,7 +141,7 @@ def test_mistakes_are_exit_status_2(
         shutil.copytree(shapes, other)
         file = other / "annotations" / "instances_val2017.json"
         file.write_text(file.read_text().replace('"red"', '"purple"'))
-    whole = (run / "checkpoints" / "step-00000001.pt").read_bytes()
+    whole = weights.read_bytes()
     (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(SystemExit) as caught:
         evaluate.main(options)

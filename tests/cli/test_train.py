@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -90,19 +91,60 @@ def test_wrong_files_are_exit_status_2(
     assert "Traceback" not in error
 
 
-def torchrun(*arguments: str) -> str:
-    """Output of a script in two processes."""
+def start_torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A script in two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    run = subprocess.run(
+    return subprocess.run(
         [*command, "--nproc-per-node", "2", *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         timeout=120,
     )
+
+
+def torchrun(*arguments: str) -> str:
+    """Output of a script that succeeds."""
+    run = start_torchrun(*arguments)
     assert run.returncode == 0, run.stderr
     return run.stdout
+
+
+FAILING_RANK = """
+import os, signal, sys, time
+from pathlib import Path
+from msdetr.cli import train
+from msdetr.engine import trainer
+from msdetr.engine.trainer import Trainer
+
+def fail(*_):
+    Path(sys.argv[1]).write_text(str(time.time()))
+    if sys.argv[2] == "step":
+        raise RuntimeError("the last rank fails")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if os.environ["RANK"] == "1":
+    if sys.argv[2] == "step":
+        Trainer.forward_backward = fail
+    else:
+        trainer.save_checkpoint = fail
+sys.exit(train.main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.parametrize("where", ["step", "checkpoint"])
+def test_a_failing_rank_ends_all(shapes: Path, tmp_path: Path, where: str) -> None:
+    # The other rank waits for it in a collective.
+    script, failed_at = tmp_path / "failing_rank.py", tmp_path / "time"
+    script.write_text(FAILING_RANK)
+    options = tiny_options(short_config(shapes, tmp_path / "run"))
+    run = start_torchrun(str(script), str(failed_at), where, *options)
+    seconds = time.time() - float(failed_at.read_text())
+    assert run.returncode != 0
+    assert seconds < 60
+    assert ("the last rank fails" if where == "step" else "Signal 9") in run.stderr
+    assert find_checkpoints(tmp_path / "run") == []
 
 
 def test_two_processes(shapes: Path, tmp_path: Path) -> None:

@@ -8,18 +8,25 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing
+from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from msdetr.config import RunConfig
+from msdetr.engine.checkpoint import Progress, save_checkpoint
 from msdetr.engine.distributed import Worker, worker_from_environment
 from msdetr.engine.finite import FiniteCheck, NonFiniteError
 from msdetr.engine.metrics import METRICS_FILE
+from msdetr.engine.parallel import full_tensor, local_tensor
 from msdetr.engine.run import build_trainer
+
+PROGRESS = Progress(step=99, epoch=0, steps_per_epoch=100, config={}, label_map={}, world_size=2)
 
 Task = Callable[[Worker, Any], Any]
 
@@ -55,36 +62,84 @@ def _free_port() -> int:
 
 
 def train_run(worker: Worker, config: RunConfig) -> dict[str, Any]:
-    """Train; the images and losses of every step, the weights, the scores, and what the ranks say
-    of a loss that is NaN on the last of them."""
+    """Train; the images, targets and losses of every step, the gradients of the first, the tensors
+    before and after, and the scores. Tensors are whole."""
     trainer = build_trainer(config, worker)
     image_ids, targets = [], []
-    real_step = trainer.train_step
-    initial = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    gradients: dict[str, Tensor] = {}
+    real_step, real_update = trainer.train_step, trainer.update
+    initial = whole(trainer.tensors())
 
     def recorded_step(batches: Any) -> None:
         image_ids.append([i for batch in batches for i in batch.image_ids.tolist()])
         targets.append([int(batch.targets.count.sum()) for batch in batches])
         real_step(batches)
 
+    def recorded_update() -> Tensor:
+        if not gradients:
+            named = trainer.model.named_parameters()
+            gradients.update(whole({n: p.grad for n, p in named if p.grad is not None}))
+        return real_update()
+
     trainer.train_step = recorded_step  # type: ignore[method-assign]
+    trainer.update = recorded_update  # type: ignore[method-assign]
     result = trainer.train()
     rows = [json.loads(line) for line in (config.output / METRICS_FILE).read_text().splitlines()]
     return {
         "losses": [row["loss"] for row in rows if row["kind"] == "train"],
         "grad_norms": [row["grad_norm"] for row in rows if row["kind"] == "train"],
-        "bad_rank_error": find_bad_rank(worker, worker.world_size - 1),
         "image_ids": image_ids,
         "targets": targets,
+        "gradients": gradients,
         "initial": initial,
-        "weights": trainer.model.state_dict(),
+        "tensors": whole(trainer.tensors()),
         "metrics": None if result is None else result.metrics,
+        "num_local": sum(local_tensor(p).numel() for p in trainer.model.parameters()),
     }
 
 
-def train_runs(worker: Worker, configs: dict[str, RunConfig]) -> dict[str, dict[str, Any]]:
-    """`train_run` of each configuration, in the same processes."""
-    return {name: train_run(worker, config) for name, config in configs.items()}
+def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: full_tensor(tensor).detach().clone() for name, tensor in tensors.items()}
+
+
+def loaded_tensors(worker: Worker, config: RunConfig) -> dict[str, Tensor]:
+    """What a run has that goes on from a checkpoint, before it goes on."""
+    return whole(build_trainer(config, worker).tensors())
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """What the processes of a test module do, in this order."""
+
+    train: dict[str, RunConfig]
+    """Runs to train, by name."""
+    load: dict[str, RunConfig]
+    """Runs to load the checkpoint of."""
+
+
+def do_tasks(worker: Worker, tasks: Tasks) -> dict[str, Any]:
+    """The results by name, and the errors of ranks that fail in the way they are made to."""
+    return {
+        **{name: train_run(worker, config) for name, config in tasks.train.items()},
+        **{name: loaded_tensors(worker, config) for name, config in tasks.load.items()},
+        "bad loss": find_bad_rank(worker, worker.world_size - 1),
+        "full disk": find_full_disk(worker, next(iter(tasks.train.values())).output),
+    }
+
+
+def find_full_disk(worker: Worker, run_folder: Path) -> str:
+    """The error of a checkpoint that the last rank cannot write."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if worker.rank == worker.world_size - 1:
+            patch.setattr(HuggingFaceStorageWriter, "write_data", fail)
+        tensors = {"model.weight": torch.zeros(3), "model.bias": torch.zeros(3)}
+        with pytest.raises(OSError, match="could not write") as caught:
+            save_checkpoint(tensors, PROGRESS, run_folder, worker, keep=3)
+    return str(caught.value)
 
 
 def find_bad_rank(worker: Worker, bad_rank: int) -> str:

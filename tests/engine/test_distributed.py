@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,19 @@ from engine.helpers import (
     deterministic_config,
     write_shapes,
 )
-from engine.processes import run_in_processes, train_run
+from engine.processes import Tasks, do_tasks, loaded_tensors, run_in_processes, train_run
 
+from msdetr.config import RunConfig
 from msdetr.data.sampler import step_indices
+from msdetr.engine.checkpoint import OPTIMIZER, find_checkpoints, load_checkpoint
 from msdetr.engine.device import resolve_device
 from msdetr.engine.distributed import Worker, worker_from_environment
+from msdetr.engine.tensor_files import read_tensors
+from msdetr.weights import load_weights
 
 WORKER = Worker(device=torch.device("cpu"))
 NUM_TRAIN = 12
+_KINDS = ("ddp", "ddp-parts", "fsdp", "fsdp-parts")
 
 
 @pytest.fixture(scope="module")
@@ -38,34 +44,168 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shapes(root, num_train=NUM_TRAIN, num_val=5, without_targets=set(empty.tolist()))
 
 
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What the runs of this module report, and where they are."""
+
+    folder: Path
+    single: dict[str, Any]
+    ranks: list[dict[str, Any]]
+
+
+def run_config(data: Path, folder: Path, name: str) -> RunConfig:
+    """A run of one kind: `ddp` or `fsdp`, with micro-batches and activation checkpointing if the
+    name ends with `parts`."""
+    train: dict[str, Any] = {"eval_every": 2, "ema_decay": 0.9, "ema_warmup_steps": 2}
+    if name.endswith("parts"):
+        train |= {"accumulation_steps": 2, "activation_checkpointing": "all"}
+    if name == "fsdp":
+        train["checkpoint_every"] = 2
+    config = deterministic_config(data, folder / name, **train)
+    return dataclasses.replace(config, parallel="fsdp" if name.startswith("fsdp") else "ddp")
+
+
+def resumed(config: RunConfig, output: Path, checkpoint: Path) -> RunConfig:
+    return dataclasses.replace(config, output=output, resume=str(checkpoint))
+
+
 @pytest.fixture(scope="module")
-def ranks(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two processes reports of one run."""
-    folder = tmp_path_factory.mktemp("ranks")
-    config = deterministic_config(data, folder / "run")
-    return run_in_processes(train_run, config, folder, num_processes=2)
+def results(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    folder = tmp_path_factory.mktemp("runs")
+    single = train_run(WORKER, run_config(data, folder, "single"))
+    write_file_of_earlier_version(folder)
+    configs = {name: run_config(data, folder, name) for name in _KINDS}
+    halfway = folder / "fsdp" / "checkpoints" / "step-00000002"
+    configs["fsdp resumed"] = resumed(configs["fsdp"], folder / "fsdp resumed", halfway)
+    loaded = {
+        f"{source} in {target}": resumed(configs[target], folder / f"{source} {target}", path)
+        for source, target, path in (
+            ("single", "ddp", last_checkpoint(folder, "single")),
+            ("single", "fsdp", last_checkpoint(folder, "single")),
+            ("ddp", "fsdp", last_checkpoint(folder, "ddp")),
+            ("fsdp", "ddp", last_checkpoint(folder, "fsdp")),
+            ("file", "fsdp", folder / "file.pt"),
+        )
+    }
+    tasks = Tasks(configs, loaded)
+    return Results(folder, single, run_in_processes(do_tasks, tasks, folder, num_processes=2))
 
 
-def test_two_processes_are_one(data: Path, ranks: list[dict[str, Any]], tmp_path: Path) -> None:
-    expected = train_run(WORKER, deterministic_config(data, tmp_path / "single"))
+def last_checkpoint(folder: Path, name: str) -> Path:
+    return folder / name / "checkpoints" / "step-00000004"
 
+
+def write_file_of_earlier_version(folder: Path) -> None:
+    checkpoint = load_checkpoint(last_checkpoint(folder, "single"))
+    states: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in read_tensors(checkpoint.tensors, OPTIMIZER).items():
+        parameter, _, key = name.rpartition(".")
+        states.setdefault(parameter, {})[key] = tensor
+    content = {"model": checkpoint.weights(averaged=False), "optimizer": states}
+    torch.save(content | vars(checkpoint.progress), folder / "file.pt")
+
+
+@pytest.mark.parametrize("name", _KINDS)
+def test_two_processes_are_one(results: Results, name: str) -> None:
+    first, second = (rank[name] for rank in results.ranks)
+    expected = results.single
     assert len(expected["image_ids"]) == 4
-    assert ranks[1]["targets"][0] == [0]
-    assert ranks[0]["targets"][0] > [0]
+    assert sum(second["targets"][0]) == 0
+    assert sum(first["targets"][0]) > 0
     for step, image_ids in enumerate(expected["image_ids"]):
-        assert image_ids == [i for rank in ranks for i in rank["image_ids"][step]]
+        assert image_ids == first["image_ids"][step] + second["image_ids"][step]
+    for tensor, value in first["tensors"].items():
+        assert torch.equal(value, second["tensors"][tensor]), tensor
+    assert_same_within_rounding(first, expected)
+    assert expected["metrics"] is not None
+    assert second["metrics"] is None
 
-    for name, weight in ranks[0]["weights"].items():
-        assert torch.equal(weight, ranks[1]["weights"][name]), name
-    assert_same_within_rounding(ranks[0], expected)
-    assert ranks[0]["metrics"] == pytest.approx(expected["metrics"], abs=1e-3)
-    assert ranks[1]["metrics"] is None
+
+def test_shards_are_parts(results: Results) -> None:
+    whole, part = (results.ranks[0][name]["num_local"] for name in ("ddp", "fsdp"))
+    assert whole / 2 <= part < 0.6 * whole  # some rows cannot be divided by 2
 
 
-def test_every_rank_names_the_bad_rank(ranks: list[dict[str, Any]]) -> None:
-    first, second = (rank["bad_rank_error"] for rank in ranks)
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("single", "ddp"),
+        ("single", "fsdp"),
+        ("ddp", "fsdp"),
+        ("fsdp", "ddp"),
+    ],
+)
+def test_checkpoints_go_from_any_run_to_any_other(
+    results: Results, source: str, target: str
+) -> None:
+    run = results.single if source == "single" else results.ranks[0][source]
+    for rank in results.ranks:
+        assert_equal(rank[f"{source} in {target}"], run["tensors"])
+
+
+@pytest.mark.parametrize("source", ["ddp", "fsdp"])
+def test_a_single_process_reads_what_several_wrote(
+    results: Results, data: Path, tmp_path: Path, source: str
+) -> None:
+    last = last_checkpoint(results.folder, source)
+    config = resumed(run_config(data, tmp_path, "single"), tmp_path / "run", last)
+    expected = results.ranks[0][source]["tensors"]
+    assert_equal(loaded_tensors(WORKER, config), expected)
+    exported = load_weights(results.folder / source / "weights.safetensors").state_dict
+    for name, tensor in exported.items():
+        assert torch.equal(tensor, expected.get(f"average.{name}", expected[f"model.{name}"]))
+
+
+def test_shards_take_files_of_earlier_versions(results: Results) -> None:
+    run = results.single["tensors"]
+    for rank in results.ranks:
+        loaded = rank["file in fsdp"]
+        averages = {name for name in loaded if name.startswith("average.")}
+        assert averages
+        assert_equal(
+            {name: x for name, x in loaded.items() if name not in averages},
+            {name: x for name, x in run.items() if name not in averages},
+        )
+        for name in averages:  # It has none: they start from the weights.
+            weight = loaded[name.replace("average.", "model.", 1)]
+            assert torch.equal(loaded[name], weight), name
+
+
+def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    assert {name.split(".")[0] for name in actual} >= {"model", "optimizer"}
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+
+
+def test_every_rank_names_the_bad_rank(results: Results) -> None:
+    first, second = (rank["bad loss"] for rank in results.ranks)
     assert first == second
     assert "the loss of step 2 is not finite (rank 1: image ids [21])" in first
+
+
+def test_every_rank_ends_where_one_cannot_write(results: Results) -> None:
+    first, second = (rank["full disk"] for rank in results.ranks)
+    assert first == second
+    assert "rank 1: no space left on device" in first
+    steps = [step for step, _ in find_checkpoints(results.folder / "ddp")]
+    assert steps == [3, 4]
+
+
+def test_resume_is_exact_with_shards(results: Results) -> None:
+    for rank in results.ranks:
+        assert len(rank["fsdp resumed"]["image_ids"]) == 2
+        assert_equal(rank["fsdp resumed"]["tensors"], rank["fsdp"]["tensors"])
+
+
+def test_four_processes_with_shards(results: Results, data: Path, tmp_path: Path) -> None:
+    # The last ranks hold nothing of parameters with fewer rows than ranks.
+    config = run_config(data, tmp_path, "fsdp")
+    ranks = run_in_processes(train_run, config, tmp_path, num_processes=4)
+    assert_same_within_rounding(ranks[0], results.single)
+    last = last_checkpoint(tmp_path, "fsdp")
+    loaded = resumed(run_config(data, tmp_path, "single"), tmp_path / "run", last)
+    assert_equal(loaded_tensors(WORKER, loaded), ranks[3]["tensors"])
 
 
 def test_a_single_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from engine.helpers import TINY_MODEL, tiny_config
 
 from msdetr.config import ModelConfig, RunConfig, config_to_dict
 from msdetr.data.labels import LabelMap
-from msdetr.engine.checkpoint import Checkpoint, save_checkpoint
+from msdetr.engine.checkpoint import Progress, save_checkpoint
 from msdetr.engine.distributed import Worker
 from msdetr.engine.pretrained import LoadedDetector, load_detector, start_from_weights
 from msdetr.engine.run import build_trainer
@@ -29,9 +29,7 @@ def write(model: Detector, folder: Path, kind: str) -> Path:
         path = folder / "weights.safetensors"
         save_weights(path, state_dict, CONFIG, LABELS.to_dict())
         return path
-    checkpoint = Checkpoint(
-        model=state_dict,
-        optimizer={},
+    progress = Progress(
         step=1,
         epoch=0,
         steps_per_epoch=2,
@@ -39,10 +37,15 @@ def write(model: Detector, folder: Path, kind: str) -> Path:
         label_map=LABELS.to_dict(),
         world_size=1,
     )
-    return save_checkpoint(checkpoint, folder, keep=1)
+    tensors = {f"model.{name}": tensor for name, tensor in state_dict.items()}
+    if kind == "averages":
+        tensors = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+        tensors |= {f"average.{name}": tensor for name, tensor in state_dict.items()}
+    worker = Worker(device=torch.device("cpu"))
+    return save_checkpoint(tensors, progress, folder, worker, keep=1)
 
 
-@pytest.mark.parametrize("kind", ["weights", "checkpoint"])
+@pytest.mark.parametrize("kind", ["weights", "checkpoint", "averages"])
 def test_a_detector_comes_back_from_its_files(tmp_path: Path, kind: str) -> None:
     model = build_detector(TINY_MODEL)
     loaded = load_detector(write(model, tmp_path, kind))
@@ -108,6 +111,9 @@ def test_files_that_hold_no_weights(tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("no checkpoint")
     with pytest.raises(ValueError, match=r"text\.pt"):
         load_detector(tmp_path / "text.pt")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=r"folder is not a checkpoint"):
+        load_detector(tmp_path / "folder")
     with pytest.raises(FileNotFoundError, match=r"there is no weights file .*absent"):
         load_detector(tmp_path / "absent.pt")
 

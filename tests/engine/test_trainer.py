@@ -25,6 +25,7 @@ from msdetr.engine import trainer as trainer_module
 from msdetr.engine.checkpoint import find_checkpoints, load_checkpoint
 from msdetr.engine.distributed import Worker
 from msdetr.engine.finite import FiniteCheck, NonFiniteError
+from msdetr.engine.optimizer import optimizer_state_by_name
 from msdetr.engine.run import build_trainer
 from msdetr.engine.trainer import Trainer
 from msdetr.evaluation.coco_eval import CocoResult
@@ -55,7 +56,7 @@ def steps(config: RunConfig) -> list[int]:
 
 
 def assert_same_run(first: Trainer, second: Trainer) -> None:
-    """Weights and optimizer state are bitwise equal."""
+    """Weights, optimizer state and averages are bitwise equal."""
     assert first.step == second.step
     for (name, a), (_, b) in zip(
         first.model.named_parameters(), second.model.named_parameters(), strict=True
@@ -64,6 +65,10 @@ def assert_same_run(first: Trainer, second: Trainer) -> None:
         state_a, state_b = first.optimizer.state[a], second.optimizer.state[b]
         assert state_a.keys() == state_b.keys()
         assert all(torch.equal(state_a[key], state_b[key]) for key in state_a), name
+    assert (first.ema is None) == (second.ema is None)
+    if first.ema is not None and second.ema is not None:
+        for name, average in first.ema.averages.items():
+            assert torch.equal(average, second.ema.averages[name]), name
 
 
 def test_a_run_leaves_everything_that_was_promised(shapes: Path, tmp_path: Path) -> None:
@@ -87,16 +92,18 @@ def test_a_run_leaves_everything_that_was_promised(shapes: Path, tmp_path: Path)
     assert [row["step"] for row in evaluations] == [3, 6]
     assert {name: evaluations[1][name] for name in result.metrics} == result.metrics
 
-    checkpoint = load_checkpoint(config.output / "checkpoints" / "step-00000006.pt")
-    assert (checkpoint.epoch, checkpoint.world_size) == (2, 1)
-    assert checkpoint.label_map["names"] == ["red", "green", "blue"]
-    assert checkpoint.config == written
+    checkpoint = load_checkpoint(config.output / "checkpoints" / "step-00000006")
+    progress = checkpoint.progress
+    assert (progress.epoch, progress.world_size) == (2, 1)
+    assert progress.label_map["names"] == ["red", "green", "blue"]
+    assert progress.config == written
     weights = load_weights(config.output / "weights.safetensors")
     assert weights.config == trainer.config
-    assert weights.label_map == checkpoint.label_map
+    assert weights.label_map == progress.label_map
+    stored = checkpoint.weights()
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(weights.state_dict[name], tensor)
-        assert torch.equal(checkpoint.model[name], tensor)
+        assert torch.equal(stored[name], tensor)
 
 
 _TERMS = ("class", "bbox", "giou")
@@ -117,8 +124,13 @@ def test_training_learns(shapes: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop", [2, 3, 4])
 def test_resume_is_exact(shapes: Path, tmp_path: Path, stop: int) -> None:
     # Dropout, flips, sizes, order and one-to-many draws are all random here.
-    straight = tiny_config(shapes, tmp_path / "straight", train=train_config(max_steps=5))
-    stopped = tiny_config(shapes, tmp_path / "resumed", train=train_config(max_steps=stop))
+    averaged = {"ema_decay": 0.9, "ema_warmup_steps": 2}
+    straight = tiny_config(
+        shapes, tmp_path / "straight", train=train_config(max_steps=5, **averaged)
+    )
+    stopped = tiny_config(
+        shapes, tmp_path / "resumed", train=train_config(max_steps=stop, **averaged)
+    )
     resumed = dataclasses.replace(stopped, train=straight.train, resume="auto")
     expected, _ = train(straight)
     train(stopped)
@@ -143,9 +155,52 @@ def test_checkpoints_within_an_epoch_and_resume_from_a_named_one(
     named = dataclasses.replace(
         config,
         output=tmp_path / "other",
-        resume=str(config.output / "checkpoints" / "step-00000002.pt"),
+        resume=str(config.output / "checkpoints" / "step-00000002"),
     )
     actual, _ = train(named)
+    assert_same_run(expected, actual)
+
+
+def test_averages_are_exported_and_can_be_given_up(
+    shapes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_config(shapes, tmp_path / "run", train=train_config(max_steps=2, ema_decay=0.9))
+    first, _ = train(config)
+    assert first.ema is not None
+    exported = load_weights(config.output / "weights.safetensors").state_dict
+    for name, tensor in (first.model.state_dict() | first.ema.averages).items():
+        assert torch.equal(exported[name], tensor), name
+    assert not torch.equal(exported["level_embed"], first.model.level_embed)
+
+    without = dataclasses.replace(config, train=train_config(max_steps=3), resume="auto")
+    with caplog.at_level(logging.WARNING):
+        second = build_trainer(without, WORKER)
+    assert "given up without ema_decay" in caplog.text
+    assert second.ema is None
+    second.train()
+    again = dataclasses.replace(config, resume="auto")
+    with caplog.at_level(logging.WARNING):
+        third = build_trainer(again, WORKER)
+    assert "they start anew" in caplog.text
+    assert third.ema is not None
+    assert torch.equal(third.ema.averages["level_embed"], second.model.level_embed)
+
+
+def test_a_run_of_an_earlier_version_goes_on(shapes: Path, tmp_path: Path) -> None:
+    straight = tiny_config(shapes, tmp_path / "straight", train=train_config(max_steps=4))
+    stopped = tiny_config(shapes, tmp_path / "run", train=train_config(max_steps=2))
+    expected, _ = train(straight)
+    trainer, _ = train(stopped)
+    ((_, folder),) = find_checkpoints(stopped.output)
+    progress = load_checkpoint(folder).progress
+    shutil.rmtree(folder)
+    content = {
+        "model": trainer.model.state_dict(),
+        "optimizer": optimizer_state_by_name(trainer.optimizer, trainer.model),
+        **vars(progress),
+    }
+    torch.save(content, folder.with_suffix(".pt"))
+    actual, _ = train(dataclasses.replace(straight, output=stopped.output, resume="auto"))
     assert_same_run(expected, actual)
 
 
@@ -225,7 +280,7 @@ def test_runs_do_not_mix(shapes: Path, tmp_path: Path) -> None:
     train(config)
     with pytest.raises(ValueError, match="--resume auto, or choose another --output"):
         build_trainer(config, WORKER)
-    older = config.output / "checkpoints" / "step-00000001.pt"
+    older = config.output / "checkpoints" / "step-00000001"
     with pytest.raises(ValueError, match="remove the later ones"):
         build_trainer(dataclasses.replace(config, resume=str(older)), WORKER)
 
@@ -286,10 +341,11 @@ def test_non_finite_step_stops_the_run(
     assert f"rank 0: image ids {seen}" in str(caught.value)
     assert steps(config) == [1]
     good = load_checkpoint(find_checkpoints(config.output)[-1][1])
-    assert good.step == 1
+    assert good.progress.step == 1
+    stored = good.weights()
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, trainer.weights_before[name])  # type: ignore[attr-defined]
-        assert torch.equal(tensor, good.model[name])
+        assert torch.equal(tensor, stored[name])
 
 
 def test_a_bad_step_leaves_the_average_alone(

@@ -1,0 +1,132 @@
+"""Named tensors in files: a folder that ranks write and read together, or one older file.
+
+A folder is written by `torch.distributed.checkpoint` in its safetensors format: each rank writes a
+file of its shards, replicated tensors are dealt out among the ranks, and each file says in its
+header which parts of which tensors it holds. No pickle is involved, in writing or in reading: other
+formats of that library keep their index in one. Any number of ranks can read it, each what it
+needs, into whole tensors or shards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from msdetr.engine.distributed import Worker
+
+
+class TensorSource(Protocol):
+    """Tensors that can be read by name."""
+
+    @property
+    def index(self) -> Mapping[str, Tensor]:
+        """What there is, as tensors without content (on the device `meta`)."""
+
+    def load(self, targets: Mapping[str, Tensor]) -> None:
+        """Fill tensors with those of the same names and shapes, which must exist."""
+
+
+def write_tensors(tensors: Mapping[str, Tensor], folder: Path, worker: Worker) -> None:
+    """Write tensors, sharded (DTensor) or the same on every rank, into a folder. All ranks call it.
+
+    Raises:
+        OSError: on every rank, where one of them failed.
+    """
+    # The format knows no strides.
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    try:
+        with _without_group_warnings():
+            save(contiguous, storage_writer=writer, no_dist=worker.world_size == 1)
+    except CheckpointException as error:  # no `Exception`, for torch
+        failures = sorted(error.failures.items())
+        reasons = "; ".join(f"rank {rank}: {reason}" for rank, (reason, _) in failures)
+        raise OSError(f"could not write {folder}: {reasons}") from error
+
+
+class TensorFolder:
+    """What `write_tensors` wrote.
+
+    Raises:
+        ValueError: files are missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read which tensors there are."""
+        self._folder = folder
+        try:
+            metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
+        except Exception as error:  # of the file system, safetensors, JSON, or what these hold
+            raise ValueError(f"{folder} has a file that is not readable: {error}") from error
+        self.index: dict[str, Tensor] = {}
+        """What there is, as tensors without content (on the device `meta`)."""
+        for name, tensor in metadata.state_dict_metadata.items():
+            assert isinstance(tensor, TensorStorageMetadata)
+            if sum(chunk.sizes.numel() for chunk in tensor.chunks) != tensor.size.numel():
+                raise ValueError(f"{folder} lacks a part of {name}: a file of a rank is missing")
+            dtype = tensor.properties.dtype
+            self.index[name] = torch.empty(tensor.size, dtype=dtype, device="meta")
+
+    def load(self, targets: Mapping[str, Tensor]) -> None:
+        """Fill tensors with those of the same names and shapes, which must exist."""
+        reader = HuggingFaceStorageReader(str(self._folder))
+        with _without_group_warnings():
+            load({**targets}, storage_reader=reader, no_dist=True)
+
+
+class TensorsInMemory:
+    """Whole tensors that are read already."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self.index = {name: tensor.to("meta") for name, tensor in tensors.items()}
+        """What there is, as tensors without content (on the device `meta`)."""
+
+    @torch.no_grad()
+    def load(self, targets: Mapping[str, Tensor]) -> None:
+        """Fill tensors with those of the same names and shapes, which must exist."""
+        for name, target in targets.items():
+            source = self._tensors[name]
+            if isinstance(target, DTensor):
+                # Every rank has the whole: nothing is sent.
+                source = distribute_tensor(
+                    source.to(target.device),
+                    target.device_mesh,
+                    target.placements,
+                    src_data_rank=None,
+                )
+            target.copy_(source)
+
+
+def read_tensors(source: TensorSource, prefix: str) -> dict[str, Tensor]:
+    """The whole tensors whose names start with `prefix`, without it, on the CPU."""
+    targets = {
+        name: torch.empty_like(tensor, device="cpu")
+        for name, tensor in source.index.items()
+        if name.startswith(prefix)
+    }
+    source.load(targets)
+    return {name.removeprefix(prefix): tensor for name, tensor in targets.items()}
+
+
+@contextlib.contextmanager
+def _without_group_warnings() -> Iterator[None]:
+    """Without a process group it says that there is none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
