@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 import numpy as np
@@ -9,17 +10,21 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from msdetr.config import DataConfig
+from msdetr.data.buckets import choose_image_buckets
 from msdetr.data.coco import CocoDataset, load_coco
 from msdetr.data.images import ExifPolicy, decode_image
 from msdetr.data.labels import LabelMap
 from msdetr.data.paths import Split, resolve_split
 from msdetr.data.transforms import (
     Augmentation,
+    Size,
     evaluation_transform,
     training_transform,
     transform_boxes,
     transform_pixels,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class Sample(NamedTuple):
@@ -52,6 +57,7 @@ class DetectionDataset(Dataset[Sample]):
         self.annotations = annotations
         self.transform = transform
         self.exif = exif
+        self._image_buckets: dict[tuple[int, int, int], tuple[Size, ...]] = {}
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -61,6 +67,24 @@ class DetectionDataset(Dataset[Sample]):
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} images")
         return self.sample(index, np.random.default_rng(index))
+
+    def image_buckets(
+        self, num_buckets: int, *, batch_size: int, multiple: int
+    ) -> tuple[Size, ...]:
+        """Padded shapes for batches of this set, see `choose_image_buckets`; computed once."""
+        key = (num_buckets, batch_size, multiple)
+        if key not in self._image_buckets:
+            buckets = choose_image_buckets(
+                self.annotations.sizes.numpy(),
+                self.transform,
+                num_buckets=num_buckets,
+                batch_size=batch_size,
+                multiple=multiple,
+            )
+            names = ", ".join(f"{height}x{width}" for height, width in buckets)
+            logger.info("%d image buckets for batches of %d: %s", len(buckets), batch_size, names)
+            self._image_buckets[key] = buckets
+        return self._image_buckets[key]
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Sample `index`, its augmentation drawn from `rng`.

@@ -7,9 +7,9 @@ where that is enough) and one resize.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -47,8 +47,14 @@ class Geometry(NamedTuple):
         return max(1, min(self.height // self.size[0], self.width // self.size[1]))
 
 
-Augmentation = Callable[[Size, np.random.Generator], Geometry]
-"""Draws what to do with an image of the given size."""
+class Augmentation(Protocol):
+    """Draws what to do with an image."""
+
+    def __call__(self, image_size: Size, rng: np.random.Generator) -> Geometry:
+        """The geometry for an image of `image_size`, drawn from `rng`."""
+
+    def largest(self, image_size: Size) -> Size:
+        """(height, width) that no result for an image of `image_size` exceeds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +71,10 @@ class EvaluationTransform:
         return Geometry(
             0, 0, *image_size, scaled_size(image_size, self.size, self.max_size), flip=False
         )
+
+    def largest(self, image_size: Size) -> Size:
+        """(height, width) of the result for an image of `image_size`."""
+        return scaled_size(image_size, self.size, self.max_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +105,22 @@ class TrainingTransform:
         size = scaled_size(crop_size, int(rng.choice(self.sizes)), self.max_size)
         return Geometry(*window, size, flip)
 
+    def largest(self, image_size: Size) -> Size:
+        """(height, width) that no result for an image of `image_size` exceeds."""
+        ratios = [image_size[0] / image_size[1]]
+        inverse = [image_size[1] / image_size[0]]
+        if self.crop:
+            for shorter_side in self.crop_resize_sizes:
+                scaled = scaled_size(image_size, shorter_side)
+                (low, high), (left, right) = (self._crop_range(side) for side in scaled)
+                ratios.append(high / left)
+                inverse.append(right / low)
+        shorter_side = max(self.sizes)
+        return (
+            _longest_side(max(ratios), shorter_side, self.max_size),
+            _longest_side(max(inverse), shorter_side, self.max_size),
+        )
+
     def _draw_crop(
         self, image_size: Size, rng: np.random.Generator
     ) -> tuple[tuple[int, int, int, int], Size]:
@@ -109,8 +135,12 @@ class TrainingTransform:
         return (rows[0], columns[0], rows[1], columns[1]), crop_size
 
     def _draw_side(self, side: int, rng: np.random.Generator) -> int:
-        low, high = min(self.crop_min_size, side), min(self.crop_max_size, side)
+        low, high = self._crop_range(side)
         return int(rng.integers(low, high, endpoint=True))
+
+    def _crop_range(self, side: int) -> tuple[int, int]:
+        """Smallest and largest side of a crop of `side` pixels."""
+        return min(self.crop_min_size, side), min(self.crop_max_size, side)
 
 
 def training_transform(config: DataConfig) -> Augmentation:
@@ -142,6 +172,16 @@ def scaled_size(image_size: Size, shorter_side: int, max_size: int | None = None
     if width < height:
         return int(shorter_side * height / width), shorter_side
     return shorter_side, int(shorter_side * width / height)
+
+
+def _longest_side(ratio: float, shorter_side: int, max_size: int) -> int:
+    """Upper bound of a side that `scaled_size` gives for up to `shorter_side` pixels where the side
+    is at most `ratio` times the other."""
+    if ratio <= 1:
+        return shorter_side
+    # Where max_size acts, the shorter side is rounded: by up to half a pixel, or up to one.
+    bounded = max(max_size + ratio / 2, ratio)
+    return math.ceil(min(shorter_side * ratio, bounded))
 
 
 def transform_pixels(decoded: DecodedImage, geometry: Geometry) -> Tensor:
