@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -73,7 +73,7 @@ def _has_links(folder: str, file_name: str) -> bool:
     """Whether a part of `file_name` below `folder` is a symbolic link. Resolving all of a path for
     every image would take ten times as long."""
     path = folder
-    for part in file_name.split(os.sep):
+    for part in PurePath(file_name).parts:
         path = f"{path}{os.sep}{part}"
         try:
             if stat.S_ISLNK(os.lstat(path).st_mode):

@@ -205,7 +205,7 @@ def transform_pixels(decoded: DecodedImage, geometry: Geometry) -> Tensor:
     image = image.resize(geometry.size[::-1], Image.Resampling.BILINEAR, box=box)
     if geometry.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return F.pil_to_tensor(image)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def resize_window(image: NDArray[np.uint8], geometry: Geometry) -> Tensor:
@@ -220,7 +220,7 @@ def resize_window(image: NDArray[np.uint8], geometry: Geometry) -> Tensor:
     # Channels last, which torchvision resizes with vector instructions, twice as fast as Pillow.
     pixels: Tensor = torch.from_numpy(window).permute(2, 0, 1)
     pixels = F.resize(pixels, list(geometry.size), antialias=True)
-    return F.horizontal_flip(pixels) if geometry.flip else pixels
+    return pixels.flip(-1) if geometry.flip else pixels
 
 
 def transform_boxes(labels: Tensor, boxes: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
@@ -237,9 +237,9 @@ def transform_boxes(labels: Tensor, boxes: Tensor, geometry: Geometry) -> tuple[
     """
     top, left, height, width = geometry[:4]
     # NumPy: on a few boxes, torch's cost per operation is most of the time.
-    corners = boxes.numpy()
-    corners = (corners - np.float32((left, top, left, top))) / np.float32((width, height) * 2)
-    first, last = np.split(corners.clip(0, 1), 2, axis=1)
+    origin = np.array((left, top) * 2, dtype=np.float32)
+    extent = np.array((width, height) * 2, dtype=np.float32)
+    first, last = np.split(((boxes.numpy() - origin) / extent).clip(0, 1), 2, axis=1)
     keep = (last > first).all(axis=1)
     first, last = first[keep], last[keep]
     fractions = np.concatenate((0.5 * (first + last), last - first), axis=1)
