@@ -62,7 +62,8 @@ class ImageCache:
         states = _COUNTER_BYTES + len(image_sizes)
         num_bytes = 3 * image_sizes.prod(axis=1)
         self._offsets = states + np.concatenate(([0], np.cumsum(num_bytes)))
-        self._sizes = image_sizes
+        # A copy: PyTorch moves a tensor that goes to another process, and views of it dangle.
+        self._sizes = image_sizes.copy()
         self._descriptor = _open_shared(folder / name, int(self._offsets[-1]), num_processes)
         weakref.finalize(self, os.close, self._descriptor)
 

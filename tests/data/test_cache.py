@@ -228,10 +228,13 @@ def test_processes_may_store_the_same_image_at_once(tmp_path):
 
 
 def test_a_cache_goes_to_processes_that_are_not_forked(tmp_path):
-    cache = ImageCache(SIZES, "a", folder=tmp_path)
-    sent = pickle.loads(ForkingPickler.dumps(cache))
-    cache.store(0, pixels(0), 1)
-    np.testing.assert_array_equal(sent.load(0, 1), pixels(0))
+    sizes = torch.from_numpy(SIZES.repeat(1000, axis=0))
+    cache = ImageCache(sizes.numpy(), "a", folder=tmp_path)
+    sent, _ = pickle.loads(ForkingPickler.dumps((cache, sizes)))
+    del sizes
+    for index in (0, 1000, 2000):
+        cache.store(index, pixels(index // 1000), 1)
+        np.testing.assert_array_equal(sent.load(index, 1), pixels(index // 1000))
 
 
 def test_descriptors_are_closed(tmp_path):
