@@ -28,7 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import PIL
+import PIL.features
 import torch
+import torchvision
 
 from benchmarks.bench_train_step import Worker
 from benchmarks.common import Row, environment, peak_memory_mb, print_table, write_rows
@@ -238,6 +241,9 @@ def _circumstances() -> Row:
     return {
         "peak_memory_mb": peak_memory_mb(device),
         "worker_peak_memory_mb": largest_child,
+        "torchvision": torchvision.__version__,
+        "pillow": PIL.__version__,
+        "libjpeg_turbo": PIL.features.version("libjpeg_turbo"),
         **environment(device),
     }
 

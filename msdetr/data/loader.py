@@ -17,6 +17,7 @@ from msdetr.data.sampler import (
     step_positions,
     steps_per_epoch,
 )
+from msdetr.data.transfer import CollateAndSend
 from msdetr.data.transforms import Size
 from msdetr.structures import Batch
 
@@ -133,7 +134,9 @@ def _loader(
         dataset,
         batch_sampler=batches,
         num_workers=min(config.data.num_workers, len(batches)),
-        collate_fn=Collate(config.data.pad_multiple, config.data.target_buckets, image_buckets),
+        collate_fn=CollateAndSend(
+            Collate(config.data.pad_multiple, config.data.target_buckets, image_buckets)
+        ),
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(0),
     )
