@@ -1,8 +1,8 @@
 """Batches on their way from a loader process.
 
 PyTorch sends every tensor in a shared memory file of its own, whose descriptor travels over a new,
-authenticated connection: a millisecond each. Only the images are worth that; everything else of a
-batch is a few kilobytes, and goes through the pipe.
+authenticated connection. Only the images are worth that; everything else of a batch is a few
+kilobytes, and goes through the pipe.
 """
 
 from __future__ import annotations
