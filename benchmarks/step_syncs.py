@@ -46,9 +46,10 @@ import msdetr
 from benchmarks import bench_train_step
 from benchmarks.common import PhaseTimer, print_table
 from msdetr.cli.options import parse_options, user_errors
-from msdetr.config import RunConfig
+from msdetr.config import CompileConfig, RunConfig
 from msdetr.data.dataset import DetectionDataset
 from msdetr.engine.distributed import Worker
+from msdetr.engine.prefetch import on_device
 from msdetr.engine.trainer import Trainer
 from msdetr.model.detector import build_detector
 
@@ -409,6 +410,7 @@ def build_step(options: Options, device: torch.device) -> Step:
         config,
         seed=options.seed,
         train=replace(config.train, batch_size=options.batch),
+        compile=CompileConfig(mode="off"),
     )
     torch.manual_seed(options.seed)
     model = build_detector(config.model, initialize_backbone=False).to(device)
@@ -420,7 +422,7 @@ def build_step(options: Options, device: torch.device) -> Step:
     batch = bench_train_step.random_batch(options.step_options)
     if device.type == "cuda":  # as the loader does it
         batch = tree_map(Tensor.pin_memory, batch)
-    return functools.partial(trainer.train_step, [batch])
+    return lambda: trainer.train_step(on_device([batch], device))
 
 
 def build_published_step(options: Options, device: torch.device) -> Step:

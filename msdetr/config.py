@@ -428,6 +428,11 @@ class RunConfig:
             raise ValueError(f"seed must not be negative, got {self.seed}")
         if self.resume is not None and self.weights is not None:
             raise ValueError("resume continues a run, weights starts a new one: give one of them")
+        if self.parallel == "fsdp" and self.compile.cuda_graphs:
+            raise ValueError(
+                "compile.cuda_graphs needs parallel ddp: shards are gathered to addresses that "
+                "change, which a graph cannot follow"
+            )
         if self.parallel == "fsdp" and self.optimizer.name == "sgd":
             raise ValueError(
                 "parallel fsdp needs optimizer.name adamw: torch's fused SGD takes no shards"

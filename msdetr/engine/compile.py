@@ -76,6 +76,13 @@ def num_graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
+def eager_code() -> contextlib.AbstractContextManager[None]:
+    """A context in which compiled parts run as they are written: for the many shapes and the few
+    passes of an evaluation."""
+    stance: contextlib.AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
 @contextlib.contextmanager
 def explain_compile_errors() -> Iterator[None]:
     """Turn what `torch.compile` raises in this context into a `CompileError`."""

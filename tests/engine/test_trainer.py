@@ -26,6 +26,7 @@ from msdetr.engine.checkpoint import find_checkpoints, load_checkpoint
 from msdetr.engine.distributed import Worker
 from msdetr.engine.finite import FiniteCheck, NonFiniteError
 from msdetr.engine.optimizer import optimizer_state_by_name
+from msdetr.engine.prefetch import on_device
 from msdetr.engine.run import build_trainer
 from msdetr.engine.trainer import Trainer
 from msdetr.evaluation.coco_eval import CocoResult
@@ -34,7 +35,8 @@ from msdetr.model.detector import Detector, build_detector
 from msdetr.structures import Batch, ImageBatch, Targets
 from msdetr.weights import load_weights
 
-WORKER = Worker(device=torch.device("cpu"))
+CPU = torch.device("cpu")
+WORKER = Worker(device=CPU)
 
 
 def train(config: RunConfig) -> tuple[Trainer, CocoResult | None]:
@@ -355,18 +357,18 @@ def test_a_bad_step_leaves_the_average_alone(
     trainer = build_trainer(config, WORKER)
     assert trainer.ema is not None
     batches = next(trainer._micro_batches())
-    trainer.train_step(batches)
+    trainer.train_step(on_device(batches, CPU))
     before = {name: average.clone() for name, average in trainer.ema.averages.items()}
     with torch.no_grad():
         trainer.model.level_embed += 1.0  # so that the average would move
     pixels = torch.full(batches[0].images.pixels.shape, torch.nan)
     bad = batches[0]._replace(images=batches[0].images._replace(pixels=pixels))
     with pytest.raises(NonFiniteError):
-        trainer.train_step([bad])
+        trainer.train_step(on_device([bad], CPU))
     for name, average in trainer.ema.averages.items():
         assert torch.equal(average, before[name]), name
     trainer.finite = FiniteCheck(WORKER)
-    trainer.train_step(batches)
+    trainer.train_step(on_device(batches, CPU))
     assert not torch.equal(trainer.ema.averages["level_embed"], before["level_embed"])
 
 
