@@ -111,7 +111,7 @@ def assert_same_within_rounding(actual: dict[str, Any], expected: dict[str, Any]
     assert difference <= 3e-2 * moved
     assert actual["scores"].keys() == expected["scores"].keys()
     for image_id, scores in expected["scores"].items():
-        assert actual["scores"][image_id] == pytest.approx(scores, rel=2e-2)
+        assert actual["scores"][image_id] == pytest.approx(scores, rel=5e-2)
 
 
 def write_shapes(
