@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -55,6 +56,8 @@ def _replicate(model: Detector, worker: Worker) -> nn.Module:
 
 
 def _shard(model: Detector, worker: Worker) -> nn.Module:
+    # Views among the outputs are a danger to those who write into them. The criterion does not.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(worker.device.type, (worker.world_size,))
     # It takes contiguous parameters only. Activations stay channels-last.
     model.to(memory_format=torch.contiguous_format)

@@ -54,9 +54,7 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, worker: Worker) -
         with _without_group_warnings():
             save(contiguous, storage_writer=writer, no_dist=worker.world_size == 1)
     except CheckpointException as error:  # no `Exception`, for torch
-        failures = sorted(error.failures.items())
-        reasons = "; ".join(f"rank {rank}: {reason}" for rank, (reason, _) in failures)
-        raise OSError(f"could not write {folder}: {reasons}") from error
+        raise OSError(f"could not write {folder}: {_reasons(error)}") from error
 
 
 class TensorFolder:
@@ -83,10 +81,17 @@ class TensorFolder:
             self.index[name] = torch.empty(tensor.size, dtype=dtype, device="meta")
 
     def load(self, targets: Mapping[str, Tensor]) -> None:
-        """Fill tensors with those of the same names and shapes, which must exist."""
+        """Fill tensors with those of the same names and shapes, which must exist.
+
+        Raises:
+            OSError: a file cannot be read any more.
+        """
         reader = HuggingFaceStorageReader(str(self._folder))
-        with _without_group_warnings():
-            load({**targets}, storage_reader=reader, no_dist=True)
+        try:
+            with _without_group_warnings():
+                load({**targets}, storage_reader=reader, no_dist=True)
+        except CheckpointException as error:
+            raise OSError(f"could not read {self._folder}: {_reasons(error)}") from error
 
 
 class TensorsInMemory:
@@ -122,6 +127,11 @@ def read_tensors(source: TensorSource, prefix: str) -> dict[str, Tensor]:
     }
     source.load(targets)
     return {name.removeprefix(prefix): tensor for name, tensor in targets.items()}
+
+
+def _reasons(error: CheckpointException) -> str:
+    failures = sorted(error.failures.items())
+    return "; ".join(f"rank {rank}: {reason}" for rank, (reason, _) in failures)
 
 
 @contextlib.contextmanager

@@ -152,6 +152,9 @@ class Trainer:
         targets = _with_prefix(self.model.state_dict(), MODEL) | optimizer_tensors(states)
         if self.ema is not None and checkpoint.has_averages:
             targets |= _with_prefix(self.ema.averages, AVERAGE)
+        missing = sorted(targets.keys() - index.keys())
+        if missing:
+            raise ValueError(f"{checkpoint.path} lacks {', '.join(missing[:5])}")
         checkpoint.tensors.load(targets)
         load_optimizer_state(self.optimizer, self.model, states)
         if self.ema is not None and not checkpoint.has_averages:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -118,7 +119,7 @@ from msdetr.cli import train
 from msdetr.engine import trainer
 from msdetr.engine.trainer import Trainer
 
-def fail(*_):
+def fail(*_, **__):
     Path(sys.argv[1]).write_text(str(time.time()))
     if sys.argv[2] == "step":
         raise RuntimeError("the last rank fails")
@@ -138,7 +139,9 @@ def test_a_failing_rank_ends_all(shapes: Path, tmp_path: Path, where: str) -> No
     # The other rank waits for it in a collective.
     script, failed_at = tmp_path / "failing_rank.py", tmp_path / "time"
     script.write_text(FAILING_RANK)
-    options = tiny_options(short_config(shapes, tmp_path / "run"))
+    config = short_config(shapes, tmp_path / "run")
+    config = dataclasses.replace(config, parallel="ddp" if where == "step" else "fsdp")
+    options = tiny_options(config)
     run = start_torchrun(str(script), str(failed_at), where, *options)
     seconds = time.time() - float(failed_at.read_text())
     assert run.returncode != 0

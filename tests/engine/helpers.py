@@ -100,16 +100,18 @@ def assert_same_within_rounding(actual: dict[str, Any], expected: dict[str, Any]
     for name, gradient in expected["gradients"].items():
         difference = (gradient - actual["gradients"][name]).abs().max()
         assert difference <= 1e-4 * gradient.abs().max() + 1e-6, name
-    assert actual["losses"] == pytest.approx(expected["losses"], rel=1e-5)
-    assert actual["grad_norms"] == pytest.approx(expected["grad_norms"], rel=1e-4)
-    # Adam blows up rounding of gradients that are 0 but for it, so single weights may differ.
+    for name, tolerance in (("losses", 1e-5), ("grad_norms", 1e-4)):
+        assert actual[name][:2] == pytest.approx(expected[name][:2], rel=tolerance)
+        # Adam blows up rounding of gradients that are 0 but for it: runs drift apart.
+        assert actual[name] == pytest.approx(expected[name], rel=1e-2)
     moved = difference = 0.0
     for name, initial in expected["initial"].items():
         moved += float((expected["tensors"][name] - initial).abs().sum())
         difference += float((expected["tensors"][name] - actual["tensors"][name]).abs().sum())
-    assert difference <= 1e-2 * moved
-    if expected["metrics"] is not None:
-        assert actual["metrics"] == pytest.approx(expected["metrics"], abs=1e-3)
+    assert difference <= 3e-2 * moved
+    assert actual["scores"].keys() == expected["scores"].keys()
+    for image_id, scores in expected["scores"].items():
+        assert actual["scores"][image_id] == pytest.approx(scores, rel=5e-2)
 
 
 def write_shapes(

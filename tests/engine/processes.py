@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import socket
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from msdetr.engine.finite import FiniteCheck, NonFiniteError
 from msdetr.engine.metrics import METRICS_FILE
 from msdetr.engine.parallel import full_tensor, local_tensor
 from msdetr.engine.run import build_trainer
+from msdetr.evaluation.coco_eval import CocoEvaluator, CocoResult
 
 PROGRESS = Progress(step=99, epoch=0, steps_per_epoch=100, config={}, label_map={}, world_size=2)
 
@@ -63,7 +65,7 @@ def _free_port() -> int:
 
 def train_run(worker: Worker, config: RunConfig) -> dict[str, Any]:
     """Train; the images, targets and losses of every step, the gradients of the first, the tensors
-    before and after, and the scores. Tensors are whole."""
+    before and after, and the scores of what was detected. Tensors are whole."""
     trainer = build_trainer(config, worker)
     image_ids, targets = [], []
     gradients: dict[str, Tensor] = {}
@@ -83,7 +85,18 @@ def train_run(worker: Worker, config: RunConfig) -> dict[str, Any]:
 
     trainer.train_step = recorded_step  # type: ignore[method-assign]
     trainer.update = recorded_update  # type: ignore[method-assign]
-    result = trainer.train()
+    scores: dict[int, list[float]] = defaultdict(list)
+    real_summarize = CocoEvaluator.summarize
+
+    def recorded_summarize(evaluator: CocoEvaluator) -> CocoResult:
+        scores.clear()
+        for entry in evaluator.results():
+            scores[entry["image_id"]].append(entry["score"])
+        return real_summarize(evaluator)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CocoEvaluator, "summarize", recorded_summarize)
+        trainer.train()
     rows = [json.loads(line) for line in (config.output / METRICS_FILE).read_text().splitlines()]
     return {
         "losses": [row["loss"] for row in rows if row["kind"] == "train"],
@@ -93,7 +106,7 @@ def train_run(worker: Worker, config: RunConfig) -> dict[str, Any]:
         "gradients": gradients,
         "initial": initial,
         "tensors": whole(trainer.tensors()),
-        "metrics": None if result is None else result.metrics,
+        "scores": {image_id: sorted(values) for image_id, values in scores.items()},
         "num_local": sum(local_tensor(p).numel() for p in trainer.model.parameters()),
     }
 

@@ -340,6 +340,9 @@ def test_tensor_files_keep_values_dtypes_and_layout(tmp_path: Path) -> None:
         assert target.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(target, tensors["image"])
     assert read_tensors(sources[0], "im").keys() == {"age"}
+    next(tmp_path.glob("*.safetensors")).unlink()
+    with pytest.raises(OSError, match=f"could not read {tmp_path}"):
+        sources[0].load({"half": torch.zeros(7)})
 
 
 def resumable(config: RunConfig, **changes: object) -> None:

@@ -28,6 +28,7 @@ from msdetr.engine.finite import FiniteCheck, NonFiniteError
 from msdetr.engine.optimizer import optimizer_state_by_name
 from msdetr.engine.prefetch import on_device
 from msdetr.engine.run import build_trainer
+from msdetr.engine.tensor_files import TensorsInMemory
 from msdetr.engine.trainer import Trainer
 from msdetr.evaluation.coco_eval import CocoResult
 from msdetr.losses.criterion import Criterion
@@ -186,6 +187,20 @@ def test_averages_are_exported_and_can_be_given_up(
     assert "they start anew" in caplog.text
     assert third.ema is not None
     assert torch.equal(third.ema.averages["level_embed"], second.model.level_embed)
+
+
+def test_tensors_that_a_checkpoint_lacks_are_named(shapes: Path, tmp_path: Path) -> None:
+    config = tiny_config(shapes, tmp_path / "run", train=train_config(max_steps=1, ema_decay=0.9))
+    trainer, _ = train(config)
+    checkpoint = load_checkpoint(find_checkpoints(config.output)[-1][1])
+    tensors = {name: x for name, x in trainer.tensors().items() if name != "average.level_embed"}
+    incomplete = dataclasses.replace(checkpoint, tensors=TensorsInMemory(tensors))
+    with pytest.raises(ValueError, match=r"step-00000001 lacks average\.level_embed"):
+        trainer.load(incomplete)
+    tensors = {name: x for name, x in tensors.items() if name != "model.level_embed"}
+    incomplete = dataclasses.replace(checkpoint, tensors=TensorsInMemory(tensors))
+    with pytest.raises(ValueError, match="missing: level_embed"):
+        trainer.load(incomplete)
 
 
 def test_a_run_of_an_earlier_version_goes_on(shapes: Path, tmp_path: Path) -> None:
