@@ -30,6 +30,7 @@ from msdetr.engine.optimizer import (
     set_learning_rate,
 )
 from msdetr.engine.seeding import seed_step
+from msdetr.engine.side_stream import SideStream
 from msdetr.evaluation.coco_eval import CocoEvaluator, CocoResult
 from msdetr.losses.criterion import Criterion
 from msdetr.model.checkpoint_adapter import load_state
@@ -88,6 +89,7 @@ class Trainer:
         self.criterion = Criterion(config.assignment, config.loss)
         self.optimizer = build_optimizer(model, config.optimizer)
         self.generator = torch.Generator(worker.device)
+        self.side_stream = SideStream(worker.device)
         self.meter = StepMeter(worker, train.batch_size)
         self.finite = FiniteCheck(worker)
         self.metrics = MetricsWriter(config.output, worker)
@@ -136,14 +138,22 @@ class Trainer:
         seed_step(config.seed, step, worker.rank, self.generator)
         set_learning_rate(self.optimizer, self._learning_rate_factor())
 
+        with self.side_stream.fork():
+            anchors = self.model.anchors(batch.images)
+            encoder_assignment = self.criterion.assign_encoder(anchors, batch.targets)
         with autocast(worker.device, config.train.precision):
             output = self._distributed_model(batch.images)
         # Drawn here: what compiles can have no generator.
         priority = torch.rand(
             output.one_to_one.logits.shape[:3], device=worker.device, generator=self.generator
         )
+        self.side_stream.join()
         loss, terms = self.criterion(
-            output, batch.targets, num_targets=num_targets.wait(), priority=priority
+            output,
+            batch.targets,
+            encoder_assignment=encoder_assignment,
+            num_targets=num_targets.wait(),
+            priority=priority,
         )
         loss.backward()
         grad_norm = clip_gradients(self._parameters, config.optimizer.clip_grad_norm)

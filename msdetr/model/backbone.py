@@ -41,14 +41,15 @@ class ResNetBackbone(nn.Module):
         self.layer1, self.layer2 = resnet.layer1, resnet.layer2
         self.layer3, self.layer4 = resnet.layer3, resnet.layer4
         self.channels = (512, 1024, 2048)
+        self.strides = (8, 16, 16) if dilation else (8, 16, 32)
         for name, parameter in self.named_parameters():
             trained = train and name.startswith(("layer2", "layer3", "layer4"))
             parameter.requires_grad_(trained)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        """[B, 3, H, W] normalised pixels to features of the last three stages, strides 8, 16, 32
-        (16 with dilation)."""
+        """[B, 3, H, W] normalised pixels to features of the last three stages, ceil(H / stride) x
+        ceil(W / stride)."""
         x = pixels.contiguous(memory_format=torch.channels_last)
         x = _conv_norm(x, self.conv1, self.bn1).relu_()
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
@@ -96,6 +97,7 @@ class ConvNetBackbone(nn.Module):
             previous = width
         self.stages = nn.ModuleList(stages)
         self.channels = self.widths[2:]
+        self.strides = (8, 16, 32)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:

@@ -372,8 +372,9 @@ def test_opcheck(kernel_device, op):
     arguments = {
         "matching_cost": (scene.logits, scene.boxes, *scene.targets, 2.0, 5.0, 2.0),
         "linear_assignment": (
-            torch.rand(2, 6, 4, device=kernel_device),
+            torch.rand(2, 2, 6, 5, device=kernel_device),
             scene.targets.count,
+            scene.targets.labels,
             "triton",
         ),
         "one_to_many": (
