@@ -11,8 +11,8 @@ reported as wrong. Then implementations take turns call by call, so that what el
 hits all; `speedup` is over `published` in the same run. A duration is from the call to its end on
 the device; `device_us`, on a GPU, is the device's share of it, where a call can be captured.
 
-`launches` are kernels, fills and copies, on a CPU as in `benchmarks.launches`. `host_waits` are reads and blocking copies, counted by torch on a GPU, and on a CPU as in
-`benchmarks.step_syncs`.
+`launches` are kernels, fills and copies, on a CPU as in `benchmarks.launches`. `host_waits` are
+reads and blocking copies, counted by torch on a GPU, and on a CPU as in `benchmarks.step_syncs`.
 """
 
 from __future__ import annotations

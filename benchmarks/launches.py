@@ -1,8 +1,8 @@
 """How many kernels, fills and copies a computation asks a GPU for: counted on one, or without.
 
 Without a GPU, operators of torch are counted that would do something there (not views, nor
-uninitialised tensors), each as one launch, which is the least, and the launches of Triton kernels in
-Triton's interpreter, our own operators being looked into.
+uninitialised tensors), each as one launch, which is the least, and the launches of Triton kernels
+in Triton's interpreter. Our own operators are looked into.
 """
 
 from __future__ import annotations

@@ -87,6 +87,104 @@ def _next_row_left(column_of_row_ptr, after, rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _add_row(
+    new_row,
+    columns,
+    cost_ptr,
+    stride_row,
+    stride_column,
+    v_ptr,
+    potential_ptr,
+    distance_ptr,
+    row_of_column_ptr,
+    previous_ptr,
+    passed_ptr,
+    column_of_row_ptr,
+    BLOCK: tl.constexpr,
+):
+    """Match one row more, on the shortest augmenting path."""
+    lane = tl.arange(0, BLOCK)
+    infinity = tl.full((), float("inf"), tl.float64)
+    row = new_row
+    row_potential = tl.zeros((), tl.float64)
+    travelled = tl.zeros((), tl.float64)
+    end = tl.full((), _NONE, tl.int32)
+    searched = tl.zeros((), tl.int32)  # columns whose distances are of this search
+    while end == _NONE:
+        best_distance = infinity
+        best_key = tl.full((), _NONE, tl.int32)
+        best_column = tl.zeros((), tl.int32)
+        first = tl.zeros((), tl.int32)
+        while first < columns:
+            column = first + lane
+            exists = column < columns
+            passed = tl.load(passed_ptr + column, mask=column < searched, other=0)
+            open_ = exists & (passed == 0)
+            offset = row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
+            cost = _load_cost(cost_ptr + offset, open_)
+            v = tl.load(v_ptr + column, mask=exists, other=0.0)
+            distance = tl.load(distance_ptr + column, mask=column < searched, other=float("inf"))
+            through_row = travelled + (cost - row_potential - v)
+            nearer = open_ & (through_row < distance)
+            distance = tl.where(nearer, through_row, distance)
+            tl.store(distance_ptr + column, distance, mask=nearer)
+            tl.store(previous_ptr + column, lane * 0 + row, mask=nearer)
+            tl.store(passed_ptr + column, lane * 0, mask=exists & (column >= searched))
+            matched = tl.load(row_of_column_ptr + column, mask=exists, other=_NONE) != _NONE
+            key = column + matched.to(tl.int32) * 1073741824  # free columns first
+            chunk_distance, chunk_key, chunk_column = tl.reduce(
+                (tl.where(open_, distance, infinity), key, column), 0, _nearest
+            )
+            best_distance, best_key, best_column = _nearest(
+                best_distance,
+                best_key,
+                best_column,
+                chunk_distance,
+                chunk_key,
+                chunk_column,
+            )
+            first += BLOCK
+        searched = columns
+        tl.debug_barrier()
+        tl.store(passed_ptr + best_column, 1)
+        travelled = best_distance
+        row = tl.load(row_of_column_ptr + best_column)
+        row_potential = tl.load(potential_ptr + best_column, mask=row != _NONE, other=0.0)
+        end = tl.where(row == _NONE, best_column, end)
+        tl.debug_barrier()
+
+    # Potentials of what the search has passed.
+    first = tl.zeros((), tl.int32)
+    while first < columns:
+        column = first + lane
+        exists = column < columns
+        passed = tl.load(passed_ptr + column, mask=exists, other=0) != 0
+        passed = passed & (column != end)
+        change = travelled - tl.load(distance_ptr + column, mask=passed, other=0.0)
+        v = tl.load(v_ptr + column, mask=passed, other=0.0)
+        potential = tl.load(potential_ptr + column, mask=passed, other=0.0)
+        tl.store(v_ptr + column, v - change, mask=passed)
+        tl.store(potential_ptr + column, potential + change, mask=passed)
+        first += BLOCK
+    tl.debug_barrier()
+
+    # Flip the path, from its free end back to the new row.
+    flipping = new_row >= 0
+    while flipping:
+        row = tl.load(previous_ptr + end)
+        is_last = row == new_row
+        before = tl.load(column_of_row_ptr + row, mask=is_last == 0, other=0)
+        moved = tl.load(potential_ptr + before, mask=is_last == 0, other=0.0)
+        tl.debug_barrier()
+        tl.store(row_of_column_ptr + end, row)
+        tl.store(column_of_row_ptr + row, end)
+        tl.store(potential_ptr + end, tl.where(is_last, travelled, moved))
+        tl.debug_barrier()
+        end = before
+        flipping = is_last == 0
+
+
+@triton.jit
 def best_columns_kernel(
     cost_ptr,  # [P, Q, T]
     count_ptr,  # [B]
@@ -161,7 +259,6 @@ def linear_assignment_kernel(
     passed_ptr = previous_ptr + num_columns
     column_of_row_ptr += problem * num_rows
     lane = tl.arange(0, BLOCK)
-    infinity = tl.full((), float("inf"), tl.float64)
 
     first = tl.zeros((), tl.int32)
     while first < columns:
@@ -190,100 +287,40 @@ def linear_assignment_kernel(
         first += BLOCK
     tl.debug_barrier()
 
-    new_row = _next_row_left(column_of_row_ptr, -1, rows, BLOCK)
+    new_row = tl.full((), -1, tl.int32)
     while new_row < rows:
-        row = new_row
-        row_potential = tl.zeros((), tl.float64)
-        travelled = tl.zeros((), tl.float64)
-        end = tl.full((), _NONE, tl.int32)
-        searched = tl.zeros((), tl.int32)  # columns whose distances are of this search
-        while end == _NONE:
-            best_distance = infinity
-            best_key = tl.full((), _NONE, tl.int32)
-            best_column = tl.zeros((), tl.int32)
-            first = tl.zeros((), tl.int32)
-            while first < columns:
-                column = first + lane
-                exists = column < columns
-                passed = tl.load(passed_ptr + column, mask=column < searched, other=0)
-                open_ = exists & (passed == 0)
-                offset = row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
-                cost = _load_cost(cost_ptr + offset, open_)
-                v = tl.load(v_ptr + column, mask=exists, other=0.0)
-                distance = tl.load(distance_ptr + column, mask=column < searched, other=float("inf"))
-                through_row = travelled + (cost - row_potential - v)
-                nearer = open_ & (through_row < distance)
-                distance = tl.where(nearer, through_row, distance)
-                tl.store(distance_ptr + column, distance, mask=nearer)
-                tl.store(previous_ptr + column, lane * 0 + row, mask=nearer)
-                tl.store(passed_ptr + column, lane * 0, mask=exists & (column >= searched))
-                matched = tl.load(row_of_column_ptr + column, mask=exists, other=_NONE) != _NONE
-                key = column + matched.to(tl.int32) * 1073741824  # free columns first
-                chunk_distance, chunk_key, chunk_column = tl.reduce(
-                    (tl.where(open_, distance, infinity), key, column), 0, _nearest
-                )
-                best_distance, best_key, best_column = _nearest(
-                    best_distance,
-                    best_key,
-                    best_column,
-                    chunk_distance,
-                    chunk_key,
-                    chunk_column,
-                )
-                first += BLOCK
-            searched = columns
-            tl.debug_barrier()
-            tl.store(passed_ptr + best_column, 1)
-            travelled = best_distance
-            row = tl.load(row_of_column_ptr + best_column)
-            row_potential = tl.load(potential_ptr + best_column, mask=row != _NONE, other=0.0)
-            end = tl.where(row == _NONE, best_column, end)
-            tl.debug_barrier()
-
-        # Potentials of what the search has passed.
-        first = tl.zeros((), tl.int32)
-        while first < columns:
-            column = first + lane
-            exists = column < columns
-            passed = tl.load(passed_ptr + column, mask=exists, other=0) != 0
-            passed = passed & (column != end)
-            change = travelled - tl.load(distance_ptr + column, mask=passed, other=0.0)
-            v = tl.load(v_ptr + column, mask=passed, other=0.0)
-            potential = tl.load(potential_ptr + column, mask=passed, other=0.0)
-            tl.store(v_ptr + column, v - change, mask=passed)
-            tl.store(potential_ptr + column, potential + change, mask=passed)
-            first += BLOCK
-        tl.debug_barrier()
-
-        # Flip the path, from its free end back to the new row.
-        flipping = new_row >= 0
-        while flipping:
-            row = tl.load(previous_ptr + end)
-            is_last = row == new_row
-            before = tl.load(column_of_row_ptr + row, mask=is_last == 0, other=0)
-            moved = tl.load(potential_ptr + before, mask=is_last == 0, other=0.0)
-            tl.debug_barrier()
-            tl.store(row_of_column_ptr + end, row)
-            tl.store(column_of_row_ptr + row, end)
-            tl.store(potential_ptr + end, tl.where(is_last, travelled, moved))
-            tl.debug_barrier()
-            end = before
-            flipping = is_last == 0
         new_row = _next_row_left(column_of_row_ptr, new_row, rows, BLOCK)
+        if new_row < rows:
+            _add_row(
+                new_row,
+                columns,
+                cost_ptr,
+                stride_row,
+                stride_column,
+                v_ptr,
+                potential_ptr,
+                distance_ptr,
+                row_of_column_ptr,
+                previous_ptr,
+                passed_ptr,
+                column_of_row_ptr,
+                BLOCK,
+            )
 
     query_of_target_ptr = column_of_row_ptr
     target_of_query_ptr = row_of_column_ptr
-    if TALL:
-        if rows_are_queries:
-            query_of_target_ptr = row_of_column_ptr
-            target_of_query_ptr = column_of_row_ptr
+    if rows_are_queries:
+        query_of_target_ptr = row_of_column_ptr
+        target_of_query_ptr = column_of_row_ptr
     first = tl.zeros((), tl.int32)
     while first < num_targets:
         target = first + lane
         query = tl.load(query_of_target_ptr + target, mask=target < count, other=_NONE)
         offset = problem * num_targets + target
         has = query != _NONE
-        tl.store(query_ptr + offset, tl.where(has, query, 0).to(tl.int64), mask=target < num_targets)
+        tl.store(
+            query_ptr + offset, tl.where(has, query, 0).to(tl.int64), mask=target < num_targets
+        )
         tl.store(mask_ptr + offset, has, mask=target < num_targets)
         first += BLOCK
     first = tl.zeros((), tl.int32)

@@ -10,7 +10,7 @@ from msdetr.model.backbone import group_norm
 
 
 def level_strides(backbone_strides: Sequence[int], num_levels: int) -> tuple[int, ...]:
-    """Strides of the levels that a neck makes: ceil(height / stride) x ceil(width / stride) cells."""
+    """Strides of a neck's levels: each has ceil(height / stride) x ceil(width / stride) cells."""
     strides = list(backbone_strides[-num_levels:])
     while len(strides) < num_levels:
         strides.append(2 * strides[-1])
