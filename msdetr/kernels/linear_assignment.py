@@ -33,6 +33,8 @@ from torch import Tensor
 
 _MAX_BLOCK = 2048
 _WORST = tl.constexpr(1e30)
+_MATCHED = tl.constexpr(1073741824)
+"""Added to a matched column's number: so it comes after all free ones."""
 _NONE = tl.constexpr(2147483647)
 """Stands for no row and no column, above any."""
 
@@ -63,14 +65,10 @@ def _load_cost(pointer, mask):
 
 
 @triton.jit
-def _nearest(a_distance, a_key, a_column, b_distance, b_key, b_column):
+def _nearest(a_distance, a_key, b_distance, b_key):
     """The nearer of two columns; of equals, the one of lower key."""
     first = (a_distance < b_distance) | ((a_distance == b_distance) & (a_key <= b_key))
-    return (
-        tl.where(first, a_distance, b_distance),
-        tl.where(first, a_key, b_key),
-        tl.where(first, a_column, b_column),
-    )
+    return tl.where(first, a_distance, b_distance), tl.where(first, a_key, b_key)
 
 
 @triton.jit
@@ -113,7 +111,6 @@ def _add_row(
     while end == _NONE:
         best_distance = infinity
         best_key = tl.full((), _NONE, tl.int32)
-        best_column = tl.zeros((), tl.int32)
         first = tl.zeros((), tl.int32)
         while first < columns:
             column = first + lane
@@ -131,20 +128,14 @@ def _add_row(
             tl.store(previous_ptr + column, lane * 0 + row, mask=nearer)
             tl.store(passed_ptr + column, lane * 0, mask=exists & (column >= searched))
             matched = tl.load(row_of_column_ptr + column, mask=exists, other=_NONE) != _NONE
-            key = column + matched.to(tl.int32) * 1073741824  # free columns first
-            chunk_distance, chunk_key, chunk_column = tl.reduce(
-                (tl.where(open_, distance, infinity), key, column), 0, _nearest
+            key = column + matched.to(tl.int32) * _MATCHED  # free columns first
+            chunk_distance, chunk_key = tl.reduce(
+                (tl.where(open_, distance, infinity), key), 0, _nearest
             )
-            best_distance, best_key, best_column = _nearest(
-                best_distance,
-                best_key,
-                best_column,
-                chunk_distance,
-                chunk_key,
-                chunk_column,
-            )
+            best_distance, best_key = _nearest(best_distance, best_key, chunk_distance, chunk_key)
             first += BLOCK
         searched = columns
+        best_column = best_key & (_MATCHED - 1)
         tl.debug_barrier()
         tl.store(passed_ptr + best_column, 1)
         travelled = best_distance
@@ -219,7 +210,7 @@ def best_columns_kernel(
             least = tl.where(less, cost, least)
             best = tl.where(less, column, best)
             first += BLOCK
-        _least, _key, best_column = tl.reduce((least, best, best), 0, _nearest)
+        _least, best_column = tl.reduce((least, best), 0, _nearest)
         tl.store(best_ptr + problem * num_rows + row, best_column)
 
 
