@@ -222,6 +222,25 @@ class TestLinearAssignment:
         check_assignment(cost[:2], torch.tensor([16, 9]), kernel_device, unique=True)
         check_assignment(cost[2:], torch.tensor([16, 9]), kernel_device, unique=False)
 
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="counts what is interpreted")
+    @pytest.mark.parametrize(("contested", "searches"), [(0, 0), (1, 1), (3, 3)])
+    def test_only_contested_targets_search(self, kernel_device, monkeypatch, contested, searches):
+        from msdetr.kernels import linear_assignment as kernel
+
+        added = []
+        add_row = kernel._add_row
+
+        def counted(row, *rest):
+            added.append(row)
+            add_row(row, *rest)
+
+        monkeypatch.setattr(kernel, "_add_row", counted)
+        cost = torch.rand(1, 12, 8) + 1.0
+        cost[0, range(8), range(8)] = 0.0
+        cost[0, 0, 1 : 1 + contested] = -0.5  # the first query is the cheapest of more targets
+        check_assignment(cost, torch.tensor([8]), kernel_device, unique=True)
+        assert len(added) == searches
+
     def test_large_and_close_costs(self, kernel_device):
         cost = torch.rand(2, 12, 6) * 1e-6 + 1e3
         cost[0, 3] = 1e6
