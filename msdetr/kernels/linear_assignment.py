@@ -179,11 +179,12 @@ def _add_row(
 def best_columns_kernel(
     cost_ptr,  # [P, Q, T]
     count_ptr,  # [B]
-    best_ptr,  # [P, R] int32
+    links_ptr,  # [P, 3 C + R] int32, see below: the last R are written
     batch,
     num_queries,
     num_targets,
-    num_rows,  # R: most rows of a problem
+    num_columns,
+    num_rows,
     stride_cp,
     stride_cq,
     stride_ct,
@@ -211,7 +212,8 @@ def best_columns_kernel(
             best = tl.where(less, column, best)
             first += BLOCK
         _least, best_column = tl.reduce((least, best), 0, _nearest)
-        tl.store(best_ptr + problem * num_rows + row, best_column)
+        links_ptr += problem * (3 * num_columns + num_rows) + 3 * num_columns
+        tl.store(links_ptr + row, best_column)
 
 
 @triton.jit
@@ -223,8 +225,7 @@ def linear_assignment_kernel(
     mask_ptr,  # [P, T] bool: whether it has one
     class_ptr,  # [P, Q] int64: class of each query's target, -1: none
     state_ptr,  # [P, 3, C] float64: v, potential of the matched row, distance
-    links_ptr,  # [P, 3, C] int32: matched row, predecessor, passed
-    column_of_row_ptr,  # [P, R] int32, the best column of each row at first
+    links_ptr,  # [P, 3 C + R] int32: of columns matched row, predecessor, passed; of rows column
     batch,
     num_queries,
     num_targets,
@@ -245,10 +246,10 @@ def linear_assignment_kernel(
     v_ptr = state_ptr + problem * 3 * num_columns
     potential_ptr = v_ptr + num_columns
     distance_ptr = potential_ptr + num_columns
-    row_of_column_ptr = links_ptr + problem * 3 * num_columns
+    row_of_column_ptr = links_ptr + problem * (3 * num_columns + num_rows)
     previous_ptr = row_of_column_ptr + num_columns
     passed_ptr = previous_ptr + num_columns
-    column_of_row_ptr += problem * num_rows
+    column_of_row_ptr = passed_ptr + num_columns  # its best one at first
     lane = tl.arange(0, BLOCK)
 
     first = tl.zeros((), tl.int32)
@@ -298,15 +299,14 @@ def linear_assignment_kernel(
                 BLOCK,
             )
 
-    query_of_target_ptr = column_of_row_ptr
-    target_of_query_ptr = row_of_column_ptr
-    if rows_are_queries:
-        query_of_target_ptr = row_of_column_ptr
-        target_of_query_ptr = column_of_row_ptr
+    query_of_target = tl.where(rows_are_queries, 0, 3 * num_columns)
+    target_of_query = 3 * num_columns - query_of_target
     first = tl.zeros((), tl.int32)
     while first < num_targets:
         target = first + lane
-        query = tl.load(query_of_target_ptr + target, mask=target < count, other=_NONE)
+        query = tl.load(
+            row_of_column_ptr + query_of_target + target, mask=target < count, other=_NONE
+        )
         offset = problem * num_targets + target
         has = query != _NONE
         tl.store(
@@ -318,7 +318,7 @@ def linear_assignment_kernel(
     while first < num_queries:
         query = first + lane
         exists = query < num_queries
-        target = tl.load(target_of_query_ptr + query, mask=exists, other=_NONE)
+        target = tl.load(row_of_column_ptr + target_of_query + query, mask=exists, other=_NONE)
         has = target != _NONE
         label = tl.zeros((BLOCK,), tl.int64)
         if labels_ptr is not None:
@@ -342,18 +342,17 @@ def linear_assignment(
     mask = torch.empty_like(query_index, dtype=torch.bool)
     target_class = cost.new_empty((layers, batch, queries), dtype=torch.int64)
     state = cost.new_empty((problems, 3, columns), dtype=torch.float64)
-    links = torch.empty_like(state, dtype=torch.int32)
-    column_of_row = cost.new_empty((problems, rows), dtype=torch.int32)
+    links = cost.new_empty((problems, 3 * columns + rows), dtype=torch.int32)
     block = min(max(triton.next_power_of_2(columns), 32), _MAX_BLOCK)
-    sizes = (batch, queries, targets)
+    sizes = (batch, queries, targets, columns, rows)
     launch = {
         "TALL": targets > queries,
         "BLOCK": block,
         "num_warps": max(1, min(block // 128, 8)),
+        # Strides known only to the program take registers, which ptxas would spill to save.
+        "maxnreg": 96 if targets > queries else None,
     }
-    best_columns_kernel[(problems, rows)](
-        cost, count, column_of_row, *sizes, rows, *cost.stride(), **launch
-    )
+    best_columns_kernel[(problems, rows)](cost, count, links, *sizes, *cost.stride(), **launch)
     linear_assignment_kernel[(problems,)](
         cost,
         count,
@@ -363,10 +362,7 @@ def linear_assignment(
         target_class,
         state,
         links,
-        column_of_row,
         *sizes,
-        columns,
-        rows,
         *cost.stride(),
         **launch,
     )
