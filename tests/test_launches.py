@@ -77,8 +77,10 @@ def step(counts: tuple[int, ...] = (3, 5)) -> tuple[DetectorOutput, Targets]:
     return output, scene.targets
 
 
-@pytest.mark.parametrize("config", [DEFAULT, BY_PREDICTIONS])
-@pytest.mark.parametrize("counts", [(3, 5), (0, 0), (14, 2)])
+@pytest.mark.parametrize(
+    ("config", "counts"),
+    [(DEFAULT, (3, 5)), (BY_PREDICTIONS, (3, 5)), (DEFAULT, (0, 0)), (DEFAULT, (14, 2))],
+)
 def test_all_assignments_of_a_step(config, counts):
     output, targets = step(counts)
     criterion = Criterion(config, LossConfig(), impl="triton")
@@ -87,8 +89,6 @@ def test_all_assignments_of_a_step(config, counts):
     priority = torch.rand(6, 2, 12)
     found = launches_of(lambda: criterion.assign(output, targets, priority=priority))
     assert found == expected
-    # A priority that is not given is drawn.
-    assert launches_of(lambda: criterion.assign(output, targets)) == expected + Counter(rand=1)
 
 
 def test_the_encoder_apart_adds_none():
@@ -96,6 +96,7 @@ def test_the_encoder_apart_adds_none():
     criterion = Criterion(DEFAULT, LossConfig(), impl="triton")
     assert launches_of(lambda: criterion.assign_encoder(output.anchors, targets)) == ONE_TO_ONE
     early = criterion.assign_encoder(output.anchors, targets)
+    # A priority that is not given is drawn.
     found = launches_of(lambda: criterion.assign(output, targets, encoder_assignment=early))
     assert found == ONE_TO_ONE + ONE_TO_MANY + Counter(rand=1)
 
