@@ -13,9 +13,8 @@ reported as wrong. Then implementations take turns call by call, so that what el
 hits all; `speedup` is over `published` in the same run. A duration is from the call to its end on
 the device; `device_us`, on a GPU, is the device's share of it, where a call can be captured.
 
-`launches` are kernels on a GPU; on a CPU, the operators (but views) that would launch at least one
-each. `host_waits` are reads and blocking copies, counted by torch on a GPU, and on a CPU as in
-`benchmarks.step_syncs`.
+`launches` are kernels, fills and copies, on a CPU as in `benchmarks.launches`. `host_waits` are
+reads and blocking copies, counted by torch on a GPU, and on a CPU as in `benchmarks.step_syncs`.
 """
 
 from __future__ import annotations
@@ -37,6 +36,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from benchmarks import launches
 from benchmarks.bench_train_step import NUM_CLASSES, Worker
 from benchmarks.common import Row, environment, print_table, write_rows
 from benchmarks.device_time import Call, graph_seconds, percentiles_us, work_on
@@ -493,16 +493,9 @@ def count_on_pretended_device(case: Case, name: str) -> tuple[int, int]:
 
 
 def count_on_gpu(call: Call) -> tuple[int, int]:
-    """Kernels and waits of a call on a GPU."""
+    """Launches and waits of a call on a GPU."""
     call()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-        torch.cuda.synchronize()
-    kernels = [
-        event
-        for event in profile.events()
-        if event.device_type.name == "CUDA" and not event.name.startswith(("Memcpy", "Memset"))
-    ]
+    num_launches = launches.count_on_gpu(call)
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -510,7 +503,7 @@ def count_on_gpu(call: Call) -> tuple[int, int]:
             call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return len(kernels), sum("synchroniz" in str(warning.message) for warning in caught)
+    return num_launches, sum("synchroniz" in str(warning.message) for warning in caught)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ _LIBRARY = torch.library.Library("msdetr", "FRAGMENT")
 _LIBRARY.define(
     "one_to_many(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor count, "
     "Tensor priority, int k, float threshold, int limit, float cost_box, float cost_class) "
-    "-> (Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -41,6 +41,15 @@ class OneToMany(NamedTuple):
     """[N, B, T, k] bool"""
     score: Tensor
     """[N, B, T, k] score of the pair; -inf where `mask` is False."""
+
+
+class BestPairs(NamedTuple):
+    """Of each query, the pair of highest score, that of the lowest target of equals."""
+
+    target: Tensor
+    """[N, B, Q] int64, its target; T where the query is in no pair."""
+    target_class: Tensor
+    """[N, B, Q] int64, the class of that target, -1 where there is none."""
 
 
 def one_to_many(
@@ -82,36 +91,29 @@ def one_to_many(
     Raises:
         NotImplementedError: `impl` is "triton" and the kernel cannot serve the arguments.
     """
+    found = _on_kernel(
+        logits,
+        boxes,
+        targets,
+        priority,
+        k=k,
+        threshold=threshold,
+        positive_fraction=positive_fraction,
+        cost_box=cost_box,
+        cost_class=cost_class,
+        impl=impl,
+    )
+    if found is not None:
+        return found[0]
     queries = logits.shape[2]
-    k = min(k, queries)
-    limit = int(positive_fraction * queries)
-    unsupported = None
-    if boxes.dtype == torch.float64:
-        unsupported = "the kernel computes in float32, got float64 boxes"
-    elif queries > _MAX_QUERIES:
-        unsupported = f"the kernel takes up to {_MAX_QUERIES} queries, got {queries}"
-    if resolve_impl("one_to_many", impl, boxes.device, unsupported) == "triton":
-        return OneToMany(
-            *torch.ops.msdetr.one_to_many(
-                logits.detach(),
-                boxes.detach(),
-                *targets,
-                priority,
-                k,
-                threshold,
-                limit,
-                cost_box,
-                cost_class,
-            )
-        )
     return _reference(
         logits.detach(),
         boxes.detach(),
         targets,
         priority,
-        k=k,
+        k=min(k, queries),
         threshold=threshold,
-        limit=limit,
+        limit=int(positive_fraction * queries),
         cost_box=cost_box,
         cost_class=cost_class,
     )
@@ -196,6 +198,72 @@ def _iou(a: Tensor, b: Tensor) -> Tensor:
     return intersection.div_(torch.threshold_(union, SMALLEST_AREA, 1.0))
 
 
+def one_to_many_with_classes(
+    logits: Tensor,
+    boxes: Tensor,
+    targets: Targets,
+    priority: Tensor,
+    *,
+    impl: Impl = "auto",
+    **options: Any,
+) -> tuple[OneToMany, BestPairs]:
+    """`one_to_many`, and what each query is to predict; the arguments are the same."""
+    found = _on_kernel(logits, boxes, targets, priority, impl=impl, **options)
+    if found is not None:
+        return found
+    pairs = one_to_many(logits, boxes, targets, priority, impl="reference", **options)
+    return pairs, _best_pairs(pairs, targets, logits.shape[2])
+
+
+def _on_kernel(
+    logits: Tensor,
+    boxes: Tensor,
+    targets: Targets,
+    priority: Tensor,
+    *,
+    k: int,
+    threshold: float,
+    positive_fraction: float,
+    cost_box: float = 0.7,
+    cost_class: float = 0.3,
+    impl: Impl,
+) -> tuple[OneToMany, BestPairs] | None:
+    """What the kernel finds, or None where the reference is to run."""
+    queries = logits.shape[2]
+    unsupported = None
+    if boxes.dtype == torch.float64:
+        unsupported = "the kernel computes in float32, got float64 boxes"
+    elif queries > _MAX_QUERIES:
+        unsupported = f"the kernel takes up to {_MAX_QUERIES} queries, got {queries}"
+    if resolve_impl("one_to_many", impl, boxes.device, unsupported) == "reference":
+        return None
+    *pairs, target, target_class = torch.ops.msdetr.one_to_many(
+        logits.detach(),
+        boxes.detach(),
+        *targets,
+        priority,
+        min(k, queries),
+        threshold,
+        int(positive_fraction * queries),
+        cost_box,
+        cost_class,
+    )
+    return OneToMany(*pairs), BestPairs(target, target_class)
+
+
+def _best_pairs(pairs: OneToMany, targets: Targets, num_queries: int) -> BestPairs:
+    num_layers, batch, slots, _ = pairs.query_index.shape
+    query, score = pairs.query_index.flatten(2), pairs.score.flatten(2)
+    best = score.new_full((num_layers, batch, num_queries), float("-inf"))
+    best.scatter_reduce_(2, query, score, "amax")
+    wins = (score > float("-inf")) & (score == best.gather(2, query))
+    slot = torch.arange(slots, device=score.device)[:, None].expand_as(pairs.query_index)
+    target = query.new_full(best.shape, slots)
+    target.scatter_reduce_(2, query, torch.where(wins, slot.flatten(2), slots), "amin")
+    labels = torch.cat((targets.labels, targets.labels.new_full((batch, 1), -1)), dim=1)
+    return BestPairs(target, labels.expand(num_layers, -1, -1).gather(2, target))
+
+
 def _score(
     iou: Tensor, logits: Tensor, labels: Tensor, mask: Tensor, cost_box: float, cost_class: float
 ) -> Tensor:
@@ -270,16 +338,16 @@ def _kernel(
     limit: int,
     cost_box: float,
     cost_class: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from msdetr.kernels import one_to_many as kernel
 
     return kernel.one_to_many(
-        logits.contiguous(),
-        boxes.contiguous(),
+        logits,
+        boxes,
         labels.contiguous(),
         target_boxes.contiguous(),
         count.contiguous(),
-        priority.float().contiguous(),
+        priority,
         k=k,
         threshold=threshold,
         limit=limit,
@@ -291,13 +359,15 @@ def _kernel(
 
 def _fake(
     logits: Tensor, boxes: Tensor, labels: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     k = rest[3]
-    shape = (*logits.shape[:2], labels.shape[1], k)
+    pairs = (*logits.shape[:2], labels.shape[1], k)
     return (
-        logits.new_empty(shape, dtype=torch.int64),
-        logits.new_empty(shape, dtype=torch.bool),
-        logits.new_empty(shape, dtype=torch.float32),
+        logits.new_empty(pairs, dtype=torch.int64),
+        logits.new_empty(pairs, dtype=torch.bool),
+        logits.new_empty(pairs, dtype=torch.float32),
+        logits.new_empty(logits.shape[:3], dtype=torch.int64),
+        logits.new_empty(logits.shape[:3], dtype=torch.int64),
     )
 
 

@@ -73,10 +73,16 @@ def run(
     dtype: torch.dtype = torch.float32,
 ) -> Step:
     model.zero_grad(set_to_none=True)
+    encoder_assignment = criterion.assign_encoder(model.anchors(images), targets)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         output = model(images)
-    priority = torch.zeros(output.one_to_one.logits.shape[:3])
-    losses = criterion(output, targets, priority=priority, num_targets=targets.count.sum())
+    losses = criterion(
+        output,
+        targets,
+        encoder_assignment=encoder_assignment,
+        priority=torch.zeros(output.one_to_one.logits.shape[:3]),
+        num_targets=targets.count.sum(),
+    )
     losses.total.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return Step(losses.total.detach(), losses.terms, gradients)

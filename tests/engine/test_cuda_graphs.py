@@ -96,12 +96,13 @@ def test_replayed_steps_are_the_steps(shapes: Path, tmp_path: Path, train: dict[
     # A graph per shape (images of 48 and of 64 pixels are both padded to 64), and the update's.
     assert recorder.num_recorded == trainer.graphs.num_shapes + 1
     assert trainer.graphs.num_shapes < trainer.step
+    # Adam blows up what adding to zeros rounds, far below its steps of 1e-3.
     for name, weight in plain.model.state_dict().items():
-        torch.testing.assert_close(trainer.model.state_dict()[name], weight, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(trainer.model.state_dict()[name], weight, rtol=0, atol=3e-5)
     if plain.ema is not None:
         assert trainer.ema is not None
         for name, average in plain.ema.averages.items():
-            torch.testing.assert_close(trainer.ema.averages[name], average, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(trainer.ema.averages[name], average, rtol=0, atol=3e-5)
 
 
 def test_learning_rates_in_tensors_follow_the_schedule(shapes: Path, tmp_path: Path):

@@ -26,7 +26,7 @@ from msdetr.engine.checkpoint import find_checkpoints, load_checkpoint
 from msdetr.engine.distributed import Worker
 from msdetr.engine.finite import FiniteCheck, NonFiniteError
 from msdetr.engine.optimizer import optimizer_state_by_name
-from msdetr.engine.prefetch import on_device
+from msdetr.engine.prefetch import StepInput, on_device
 from msdetr.engine.run import build_trainer
 from msdetr.engine.tensor_files import TensorsInMemory
 from msdetr.engine.trainer import Trainer
@@ -323,6 +323,23 @@ def test_batch_size_must_fit_the_processes(shapes: Path, tmp_path: Path) -> None
         Trainer(config, model, data, None, worker)
 
 
+def test_the_encoder_is_assigned_once_before_the_forward_pass(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(shapes, tmp_path / "run", train=train_config(max_steps=1))
+    trainer, order = build_trainer(config, WORKER), []
+    match = trainer.criterion._match_encoder
+
+    def matched(*arguments: Any) -> Any:
+        order.append("assignment")
+        return match(*arguments)
+
+    monkeypatch.setattr(trainer.criterion, "_match_encoder", matched)
+    trainer.model.register_forward_hook(lambda *_: order.append("output"))
+    trainer.train()
+    assert order == ["assignment", "output"]
+
+
 def test_same_seed_same_weights(shapes: Path, tmp_path: Path) -> None:
     def weight(seed: int) -> torch.Tensor:
         config = tiny_config(shapes, tmp_path / "run", seed=seed)
@@ -341,14 +358,15 @@ def test_non_finite_step_stops_the_run(
     trainer = build_trainer(config, WORKER)
     real_step, seen = Trainer.train_step, []
 
-    def poisoned_step(self: Trainer, batches: list[Batch]) -> None:
+    def poisoned_step(self: Trainer, step_input: StepInput) -> None:
+        batches = list(step_input.host)
         if self.step == 1:  # the second step
             pixels = batches[0].images.pixels.float() / 255
             pixels[0, 0, 5, 5] = float("nan")
             batches[0] = batches[0]._replace(images=batches[0].images._replace(pixels=pixels))
             seen.extend(image_id for batch in batches for image_id in batch.image_ids.tolist())
             self.weights_before = {k: v.clone() for k, v in self.model.state_dict().items()}
-        real_step(self, batches)
+        real_step(self, on_device(batches, CPU))
 
     monkeypatch.setattr(Trainer, "train_step", poisoned_step)
     with pytest.raises(NonFiniteError) as caught:
