@@ -3,9 +3,7 @@
 One-to-many and one-to-one assignment of six decoder layers, and one-to-one assignment of the
 encoder's anchors, on predictions half of which lie near a target. `published` restates the
 published algorithm, as the loop over layers, images and targets that it is; it draws by given
-priorities, which all share, and leaves out what the published code checks on the way. On a CPU,
-`reference_compiled` is the reference as it runs in a compiled criterion: by Inductor in one graph,
-for the shapes of each case anew. That takes long, so it runs only where it is named.
+priorities, which all share, and leaves out what the published code checks on the way.
 
 Before an implementation is timed, its assignment is compared with the reference's on two images:
 the same number of queries per target, and the same scores or total cost. One that is wrong is
@@ -55,7 +53,6 @@ Task = Literal["one_to_many", "one_to_one", "encoder"]
 
 OURS = "msdetr"
 REFERENCE = "reference"
-COMPILED = "reference_compiled"
 PUBLISHED = "published"
 DECODER_LAYERS = 6
 GPU_ANCHORS = 22223
@@ -195,17 +192,6 @@ def dense_one_to_many(inputs: Inputs, impl: Impl) -> OneToMany:
     )
 
 
-def compiled_one_to_many(inputs: Inputs) -> OneToMany:
-    """The reference, compiled in one graph for the shapes of the inputs."""
-    return _compiled(inputs.logits.shape, inputs.targets.labels.shape)(inputs, "reference")
-
-
-@functools.lru_cache(maxsize=1)
-def _compiled(*shapes: torch.Size) -> Callable[[Inputs, Impl], OneToMany]:
-    torch._dynamo.reset()  # A function is compiled for a few shapes only.
-    return torch.compile(dense_one_to_many, fullgraph=True, dynamic=False)
-
-
 def dense_cost(inputs: Inputs, impl: Impl) -> Tensor:
     """[N, B, Q, T], ours."""
     return matching_cost(
@@ -338,8 +324,6 @@ class Implementation:
     runs: Mapping[Task, Callable[[Inputs], Any]]
     unavailable: Callable[[torch.device], str | None] = lambda device: None
     """Why it cannot run on a device, or None."""
-    compiled: bool = False
-    """Compiled for each case: it runs only where named, and its operators are not counted."""
     mixes_images: bool = False
     """Whether one-to-one costs are of predictions and the targets of all images, by layer."""
 
@@ -401,7 +385,6 @@ IMPLEMENTATIONS = {
                 functools.partial(dense_one_to_one, impl="reference"),
             ),
         ),
-        Implementation(COMPILED, {"one_to_many": compiled_one_to_many}, compiled=True),
         Implementation(
             PUBLISHED, _both(published_one_to_many, published_one_to_one), mixes_images=True
         ),
@@ -522,7 +505,7 @@ class Options:
     """Predictions per image in the encoder's task; by default those of 800 x 1333 pixels on a GPU,
     and a tenth on a CPU."""
     implementations: tuple[str, ...] = ()
-    """By name; empty: all that can run here, but `reference_compiled`."""
+    """By name; empty: all that can run here."""
     repetitions: int = 10
     """Durations taken of each call."""
     memory: float | None = None
@@ -586,8 +569,6 @@ def choose_implementations(options: Options, device: torch.device) -> list[Imple
     names = (REFERENCE, PUBLISHED) if options.check else options.implementations
     found = []
     for name in names or IMPLEMENTATIONS:
-        if IMPLEMENTATIONS[name].compiled and not names:
-            continue
         reason = IMPLEMENTATIONS[name].unavailable(device)
         if reason is None:
             found.append(IMPLEMENTATIONS[name])
@@ -650,7 +631,7 @@ def measure_case(
             if device.type == "cuda":
                 row["launches"], row["host_waits"] = count_on_gpu(calls[name])
                 row["device_us"] = _device_us(calls[name]) if not row["host_waits"] else None
-            elif counter is not None and not IMPLEMENTATIONS[name].compiled:
+            elif counter is not None:
                 row["launches"], row["host_waits"] = counter(case, name)
         rows.append(row)
     return rows

@@ -2,8 +2,8 @@
 
 A part is a method that compiles into one graph (`fullgraph`): a graph break is an error, never a
 slower step. Layers of one kind share their graphs, so a shape costs one compilation per kind of
-part, not per layer. Shapes are static; the criterion alone is compiled for any number of targets
-and tokens. Distributed wrappers and activation checkpointing stay outside of the graphs.
+part, not per layer. Shapes are static; of the criterion alone, the graphs soon serve any number of
+targets and tokens. Distributed wrappers and activation checkpointing stay outside of the graphs.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Part(NamedTuple):
 
     owner: nn.Module
     method: str
-    dynamic: bool = False
-    """Whether one graph serves all shapes."""
+    dynamic: bool | None = False
+    """False: a graph for each shape. None: the second shape makes a graph for all that follow."""
 
 
 def is_compiled(config: CompileConfig, device: torch.device) -> bool:
@@ -45,7 +45,7 @@ def parts(model: Detector, criterion: Criterion) -> list[Part]:
     """The compiled parts of a training step, in the order in which they run."""
     return [
         Part(model, "anchors"),
-        Part(criterion, "assign_encoder", dynamic=True),
+        Part(criterion, "assign_encoder", dynamic=None),
         Part(model, "normalize"),
         Part(model.backbone, "forward"),
         Part(model, "flatten"),
@@ -54,7 +54,7 @@ def parts(model: Detector, criterion: Criterion) -> list[Part]:
         Part(model.query_selection, "forward"),
         *(Part(layer, "forward") for layer in model.decoder.layers),
         Part(model.decoder, "predict"),
-        Part(criterion, "forward", dynamic=True),
+        Part(criterion, "forward", dynamic=None),
     ]
 
 

@@ -204,9 +204,14 @@ class Trainer:
             self.config, self.train_data, world_size=self.worker.world_size
         )
         started = time.perf_counter()
-        for size in buckets:
-            batch = to_device(self._empty_batch(size), self.worker.device)
-            self._run_micro_batch(batch, torch.zeros((), device=self.worker.device))
+        # Two numbers of targets are enough: from the second on, graphs serve any.
+        few, *more = self.config.data.target_buckets
+        shapes = [(size, few) for size in buckets] + [
+            (size, n) for size in buckets[:1] for n in more[:1]
+        ]
+        for size, num_targets in shapes:
+            batch = to_device(self._blank_batch(size, num_targets), self.worker.device)
+            self._run_micro_batch(batch, torch.ones((), device=self.worker.device))
             self.optimizer.zero_grad(set_to_none=self.graphs is None)
         if buckets:
             seconds = time.perf_counter() - started
@@ -374,17 +379,21 @@ class Trainer:
         with explain_compile_errors():
             return self.forward_backward(batch, num_targets)
 
-    def _empty_batch(self, size: Size) -> Batch:
-        """A micro-batch of black images without targets."""
-        train = self.config.train
+    def _blank_batch(self, size: Size, num_targets: int) -> Batch:
+        """A micro-batch of black images of `size`, each with `num_targets` targets."""
+        train, data = self.config.train, self.config.data
         count = rank_batch_size(
             train.batch_size,
             world_size=self.worker.world_size,
             accumulation_steps=train.accumulation_steps,
         )
-        pixels = torch.zeros(3, *size, dtype=torch.uint8)
-        sample = Sample(pixels, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), 0, size)
-        data = self.config.data
+        sample = Sample(
+            pixels=torch.zeros(3, *size, dtype=torch.uint8),
+            labels=torch.zeros(num_targets, dtype=torch.int64),
+            boxes=torch.full((num_targets, 4), 0.5),
+            image_id=0,
+            original_size=size,
+        )
         return Collate(data.pad_multiple, data.target_buckets, (size,))([sample] * count)
 
     def _progress(self) -> Progress:

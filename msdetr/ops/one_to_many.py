@@ -27,8 +27,8 @@ _VECTOR = 64  # A multiple of the elements that PyTorch computes at a time, on a
 _LIBRARY = torch.library.Library("msdetr", "FRAGMENT")
 _LIBRARY.define(
     "one_to_many(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor count, "
-    "Tensor priority, int k, float threshold, int limit, float cost_box, float cost_class) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor priority, int k, float threshold, int limit, float cost_box, float cost_class, "
+    "str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -91,7 +91,7 @@ def one_to_many(
     Raises:
         NotImplementedError: `impl` is "triton" and the kernel cannot serve the arguments.
     """
-    found = _on_kernel(
+    return one_to_many_with_classes(
         logits,
         boxes,
         targets,
@@ -102,21 +102,7 @@ def one_to_many(
         cost_box=cost_box,
         cost_class=cost_class,
         impl=impl,
-    )
-    if found is not None:
-        return found[0]
-    queries = logits.shape[2]
-    return _reference(
-        logits.detach(),
-        boxes.detach(),
-        targets,
-        priority,
-        k=min(k, queries),
-        threshold=threshold,
-        limit=int(positive_fraction * queries),
-        cost_box=cost_box,
-        cost_class=cost_class,
-    )
+    )[0]
 
 
 def _reference(
@@ -167,11 +153,9 @@ def _reference(
 
 
 def _chunks(problems: int, pairs: int, device: torch.device) -> list[slice]:
-    """Problems of `pairs` pairs each, so many at a time that a CPU's caches hold their scores.
-
-    All at once in compiled code, whose passes are fused, and on other devices.
-    """
-    if torch.compiler.is_compiling() or device.type != "cpu":
+    """Problems of `pairs` pairs each, so many at a time that a CPU's caches hold their scores; all
+    at once on other devices."""
+    if device.type != "cpu":
         return [slice(0, problems)]
     # Whole vectors: PyTorch's sigmoid may round differently in what is left over at the end.
     multiple = _VECTOR // math.gcd(_VECTOR, pairs)
@@ -204,39 +188,20 @@ def one_to_many_with_classes(
     targets: Targets,
     priority: Tensor,
     *,
-    impl: Impl = "auto",
-    **options: Any,
-) -> tuple[OneToMany, BestPairs]:
-    """`one_to_many`, and what each query is to predict; the arguments are the same."""
-    found = _on_kernel(logits, boxes, targets, priority, impl=impl, **options)
-    if found is not None:
-        return found
-    pairs = one_to_many(logits, boxes, targets, priority, impl="reference", **options)
-    return pairs, _best_pairs(pairs, targets, logits.shape[2])
-
-
-def _on_kernel(
-    logits: Tensor,
-    boxes: Tensor,
-    targets: Targets,
-    priority: Tensor,
-    *,
     k: int,
     threshold: float,
     positive_fraction: float,
     cost_box: float = 0.7,
     cost_class: float = 0.3,
-    impl: Impl,
-) -> tuple[OneToMany, BestPairs] | None:
-    """What the kernel finds, or None where the reference is to run."""
+    impl: Impl = "auto",
+) -> tuple[OneToMany, BestPairs]:
+    """`one_to_many`, and what each query is to predict; the arguments are the same."""
     queries = logits.shape[2]
     unsupported = None
     if boxes.dtype == torch.float64:
         unsupported = "the kernel computes in float32, got float64 boxes"
     elif queries > _MAX_QUERIES:
         unsupported = f"the kernel takes up to {_MAX_QUERIES} queries, got {queries}"
-    if resolve_impl("one_to_many", impl, boxes.device, unsupported) == "reference":
-        return None
     *pairs, target, target_class = torch.ops.msdetr.one_to_many(
         logits.detach(),
         boxes.detach(),
@@ -247,6 +212,7 @@ def _on_kernel(
         int(positive_fraction * queries),
         cost_box,
         cost_class,
+        resolve_impl("one_to_many", impl, boxes.device, unsupported),
     )
     return OneToMany(*pairs), BestPairs(target, target_class)
 
@@ -326,7 +292,7 @@ def _lowest(priority: Tensor, among: Tensor, limit: int) -> Tensor:
     return lower | (equal & (equal.cumsum(-1) <= limit - lower.sum(-1, keepdim=True)))
 
 
-def _kernel(
+def _assign(
     logits: Tensor,
     boxes: Tensor,
     labels: Tensor,
@@ -338,7 +304,22 @@ def _kernel(
     limit: int,
     cost_box: float,
     cost_class: float,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if impl == "reference":
+        targets = Targets(labels, target_boxes, count)
+        pairs = _reference(
+            logits,
+            boxes,
+            targets,
+            priority,
+            k=k,
+            threshold=threshold,
+            limit=limit,
+            cost_box=cost_box,
+            cost_class=cost_class,
+        )
+        return *pairs, *_best_pairs(pairs, targets, logits.shape[2])
     from msdetr.kernels import one_to_many as kernel
 
     return kernel.one_to_many(
@@ -365,11 +346,13 @@ def _fake(
     return (
         logits.new_empty(pairs, dtype=torch.int64),
         logits.new_empty(pairs, dtype=torch.bool),
-        logits.new_empty(pairs, dtype=torch.float32),
+        logits.new_empty(pairs, dtype=torch.promote_types(boxes.dtype, torch.float32)),
         logits.new_empty(logits.shape[:3], dtype=torch.int64),
         logits.new_empty(logits.shape[:3], dtype=torch.int64),
     )
 
 
-register_kernel(_LIBRARY, "one_to_many", _kernel)
+# An operator for either implementation: compiled code takes the reference as it is, too. Its many
+# small operations on a CPU are slower where they are compiled, and take long to compile.
+register_kernel(_LIBRARY, "one_to_many", _assign)
 torch.library.register_fake("msdetr::one_to_many", _fake, lib=_LIBRARY)
