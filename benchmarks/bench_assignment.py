@@ -23,7 +23,6 @@ import itertools
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +34,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from benchmarks import launches
-from benchmarks.bench_train_step import NUM_CLASSES, Worker
 from benchmarks.common import Row, environment, print_table, write_rows
+from benchmarks.detector_cases import NUM_CLASSES
 from benchmarks.device_time import Call, graph_seconds, percentiles_us, work_on
+from benchmarks.gpu_counts import host_waits
+from benchmarks.processes import Worker
 from benchmarks.step_syncs import pretended_device, pretending
 from msdetr.boxes import box_iou, cxcywh_to_xyxy, pairwise_generalized_iou, pairwise_iou
 from msdetr.cli.options import parse_options, user_errors
@@ -478,15 +479,7 @@ def count_on_pretended_device(case: Case, name: str) -> tuple[int, int]:
 def count_on_gpu(call: Call) -> tuple[int, int]:
     """Launches and waits of a call on a GPU."""
     call()
-    num_launches = launches.count_on_gpu(call)
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return num_launches, sum("synchroniz" in str(warning.message) for warning in caught)
+    return launches.count_on_gpu(call), host_waits(call)
 
 
 @dataclass(frozen=True, kw_only=True)

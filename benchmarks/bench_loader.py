@@ -33,7 +33,6 @@ import PIL.features
 import torch
 import torchvision
 
-from benchmarks.bench_train_step import Worker
 from benchmarks.common import Row, environment, peak_memory_mb, print_table, write_rows
 from benchmarks.loader_pipelines import (
     IMPLEMENTATIONS,
@@ -45,6 +44,7 @@ from benchmarks.loader_pipelines import (
     generate_images,
     simplejpeg_decoder,
 )
+from benchmarks.processes import Worker
 from msdetr.cli.options import parse_options, user_errors
 from msdetr.config import DataConfig
 from msdetr.data.coco import read_instances_json

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import resource
 import subprocess
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 Row = dict[str, Any]
@@ -32,6 +34,17 @@ def environment(device: torch.device) -> Row:
     }
 
 
+def asks_for_huge_pages() -> bool:
+    """Whether this process's large tensors ask Linux for huge pages."""
+    return sys.platform == "linux" and os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
+
+
+def percentiles(seconds: Sequence[float]) -> tuple[float, float]:
+    """Median and 80th percentile."""
+    p50, p80 = np.quantile(np.asarray(seconds), (0.5, 0.8)).tolist()
+    return p50, p80
+
+
 def peak_memory_mb(device: torch.device) -> float:
     """Most memory in use so far, in MiB: allocated on a GPU, or resident in this process."""
     if device.type == "cuda":
@@ -47,9 +60,10 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def print_table(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
-    """Print the fields named by `columns`, each with its format, one line per row."""
+    """Print the fields named by `columns`, each with its format, one line per row; None as `-`."""
     cells = [list(columns)] + [
-        [format(row[name], spec) for name, spec in columns.items()] for row in rows
+        ["-" if row[name] is None else format(row[name], spec) for name, spec in columns.items()]
+        for row in rows
     ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
@@ -67,9 +81,10 @@ class PhaseTimer:
         self._names: list[str] = []
         self._marks: list[Any] = []
 
-    def start(self) -> None:
-        """Begin the first phase, after everything that the device still has to do."""
-        self._synchronize()
+    def start(self, *, wait: bool = True) -> None:
+        """Begin the first phase; with `wait`, after everything that the device still has to do."""
+        if wait:
+            self._synchronize()
         self._names, self._marks = [], [self._mark()]
 
     def lap(self, name: str) -> None:

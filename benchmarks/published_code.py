@@ -18,8 +18,10 @@ from unittest.mock import MagicMock
 import torch
 from torch import Tensor, nn
 
+from benchmarks.detector_cases import normalized_pixels
 from msdetr.config import RunConfig, config_to_dict
 from msdetr.published import config_from_published_args
+from msdetr.structures import ImageBatch
 
 
 def published_flags(config: RunConfig) -> list[str]:
@@ -46,8 +48,8 @@ def published_flags(config: RunConfig) -> list[str]:
 
 def build_published(
     folder: Path, config: RunConfig, device: torch.device
-) -> tuple[Any, nn.Module, Any]:
-    """Arguments, model and criterion, built by the published code itself.
+) -> tuple[Any, nn.Module, Any, Any]:
+    """Arguments, model, criterion and post-processing, built by the published code itself.
 
     Raises:
         ValueError: the published code cannot express the recipe.
@@ -59,8 +61,14 @@ def build_published(
     # Its backbone downloads ImageNet weights on the main process: there is none here.
     importlib.import_module("models.backbone").is_main_process = lambda: False  # type: ignore[attr-defined]
     with contextlib.redirect_stdout(io.StringIO()):
-        model, criterion, _ = main.build_model(args)
-    return args, model, criterion
+        model, criterion, postprocessors = main.build_model(args)
+    return args, model, criterion, postprocessors["bbox"]
+
+
+def published_images(images: ImageBatch) -> Any:
+    """Images that are not padded as its data loader hands them over: normalised, with a mask."""
+    pixels = list(normalized_pixels(images))
+    return importlib.import_module("util.misc").nested_tensor_from_tensor_list(pixels)
 
 
 def _import_published(folder: Path) -> ModuleType:

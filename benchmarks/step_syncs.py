@@ -25,9 +25,9 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import FrameType
 from typing import Any, Literal, cast
 from unittest import mock
 
@@ -43,16 +43,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import msdetr
-from benchmarks import bench_train_step
-from benchmarks.common import PhaseTimer, print_table
+from benchmarks.common import print_table
+from benchmarks.comparison import Setup
+from benchmarks.detector_cases import Case, random_batch
 from benchmarks.launches import CPU_KEYS, OUR_OPERATORS, interpreted_launches, is_launch
+from benchmarks.train_steps import PublishedStep, build_trainer
 from msdetr.cli.options import parse_options, user_errors
-from msdetr.config import CompileConfig, RunConfig
-from msdetr.data.dataset import DetectionDataset
-from msdetr.engine.distributed import Worker
+from msdetr.config import CompileConfig
 from msdetr.engine.prefetch import on_device
-from msdetr.engine.trainer import Trainer
-from msdetr.model.detector import build_detector
 
 Step = Callable[[], object]
 
@@ -347,13 +345,15 @@ class Options:
     """Seed of weights, images, targets and dropout."""
 
     def __post_init__(self) -> None:
-        self.step_options  # noqa: B018 # it checks what it shares
+        self.case  # noqa: B018 # it checks what it holds
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is cuda, and there is none")
         if self.device == "pretend" and torch.cuda.is_available():
             raise ValueError("to pretend a device, hide the GPU: CUDA_VISIBLE_DEVICES=''")
         if self.published is not None and self.on_cuda:
             raise ValueError("the published code is counted on the pretended device only")
+        if self.published is not None and not (self.published / "models").is_dir():
+            raise ValueError(f"published: {self.published} has no package `models`")
 
     @property
     def on_cuda(self) -> bool:
@@ -361,48 +361,25 @@ class Options:
         return self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
 
     @property
-    def step_options(self) -> bench_train_step.Options:
+    def case(self) -> Case:
         """The step, as the benchmark of its speed takes it."""
-        return bench_train_step.Options(
+        return Case(
             preset=self.preset,
             batch=self.batch,
             height=self.height,
             width=self.width,
             num_targets=self.num_targets,
-            published=self.published,
             seed=self.seed,
         )
 
 
-class _NoImages:
-    """Stands in for a data set that nothing is loaded from."""
-
-    annotations = SimpleNamespace(label_map=None)
-
-    def __init__(self, length: int) -> None:
-        self._length = length
-
-    def __len__(self) -> int:
-        return self._length
-
-
 def build_step(options: Options, device: torch.device) -> Step:
     """A step of the trainer, on a batch of the host."""
-    config: RunConfig = options.step_options.config
-    config = replace(
-        config,
-        seed=options.seed,
-        train=replace(config.train, batch_size=options.batch),
-        compile=CompileConfig(mode="off"),
-    )
-    torch.manual_seed(options.seed)
-    model = build_detector(config.model, initialize_backbone=False).to(device)
-    data = cast(DetectionDataset, _NoImages(options.batch))
-    trainer = Trainer(config, model, data, None, Worker(device=device))
+    trainer = build_trainer(options.case, device, compiling=CompileConfig(mode="off"))
     trainer.criterion.impl = options.impl
     if _is_pretended(device) and options.impl == "auto":
         trainer.criterion.impl = "triton"
-    batch = bench_train_step.random_batch(options.step_options)
+    batch = random_batch(options.case)
     if device.type == "cuda":  # as the loader does it
         batch = tree_map(Tensor.pin_memory, batch)
     return lambda: trainer.train_step(on_device([batch], device))
@@ -411,10 +388,9 @@ def build_step(options: Options, device: torch.device) -> Step:
 def build_published_step(options: Options, device: torch.device) -> Step:
     """A step of the published code, on a batch of the device."""
     with tempfile.TemporaryDirectory() as folder:
-        step = bench_train_step.PublishedStep(
-            options.step_options, Path(folder) / "weights.pth", device
-        )
-    return functools.partial(step.run, PhaseTimer(device))
+        weights = Path(folder) / "weights.pth"
+        setup = Setup("published", options.case, device, options.published, weights)
+        return PublishedStep(setup).step
 
 
 def count_pretended(

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Literal
 
 from msdetr.cli.options import (
     configure_logging,
-    let_waiting_threads_sleep,
     option_value,
     parse_options,
+    tune_cpu_runtime,
     user_errors,
 )
 from msdetr.config import DataConfig, EvalConfig
@@ -56,7 +56,7 @@ class EvaluateOptions:
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = "msdetr evaluate") -> int:
     """Evaluate, print the tables, write the results, and return the exit status."""
-    let_waiting_threads_sleep()
+    tune_cpu_runtime()
     options, detector = _parse(sys.argv[1:] if arguments is None else list(arguments), prog)
     from msdetr.engine.distributed import worker_from_environment
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from msdetr.cli.options import (
     configure_logging,
-    let_waiting_threads_sleep,
     parse_preset,
+    tune_cpu_runtime,
     user_errors,
 )
 
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "msdetr train") 
     Options and files that are wrong end the process with status 2.
     """
     config = parse_preset(sys.argv[1:] if arguments is None else arguments, prog=prog)
-    let_waiting_threads_sleep()
+    tune_cpu_runtime()
     # torch takes seconds to import: mistyped options and --help need not wait for it.
     from msdetr.engine.compile import CompileError
     from msdetr.engine.distributed import worker_from_environment

@@ -1,0 +1,86 @@
+"""The implementations of a whole detector that are measured against each other.
+
+- `eager-reference`: ours, every op in PyTorch.
+- `eager`: ours as written: Triton's kernels on a GPU, on a CPU what `auto` takes there.
+- `compiled`: ours with its parts compiled by `torch.compile`.
+- `compiled-graphs`: those recorded as CUDA graphs.
+- `published`: the published code, in float32, on the PyTorch attention that it ships for tests.
+- `huggingface`: Deformable-DETR of `transformers` with the recipe's sizes: without one-to-many
+  supervision, so with less to do in training, and without our weights, so never compared in value.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from benchmarks.detector_cases import Case
+from benchmarks.hugging_face import why_not_hugging_face
+
+Implementation = Literal[
+    "eager-reference", "eager", "compiled", "compiled-graphs", "published", "huggingface"
+]
+IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
+COMPILED: tuple[Implementation, ...] = ("compiled", "compiled-graphs")
+ON_CPU: tuple[Implementation, ...] = ("eager", "compiled", "published")
+"""What runs on a CPU if nothing is named: the reference is what `eager` is there."""
+ON_CUDA: tuple[Implementation, ...] = (
+    "compiled-graphs",
+    "compiled",
+    "eager",
+    "published",
+    "huggingface",
+    "eager-reference",
+)
+"""What runs on a GPU if nothing is named, the most interesting first."""
+
+
+def is_ours(implementation: str) -> bool:
+    """Whether it is one of this project."""
+    return implementation not in ("published", "huggingface")
+
+
+def choose_implementations(
+    names: Sequence[Implementation], device: torch.device, published: Path | None
+) -> list[Implementation]:
+    """Those asked for, or by default all that can run; the published code first, as its initial
+    weights are those of ours.
+
+    Raises:
+        ValueError: one that was asked for cannot run here.
+    """
+    chosen = []
+    for name in names or (ON_CPU if device.type == "cpu" else ON_CUDA):
+        reason = _why_unavailable(name, device, published)
+        if reason is None:
+            chosen.append(name)
+        elif names:
+            raise ValueError(f"{name} cannot run here: {reason}")
+        else:
+            print(f"without {name}: {reason}")
+    return sorted(chosen, key=lambda name: name != "published")
+
+
+def why_not(implementation: Implementation, case: Case) -> str | None:
+    """Why an implementation that can run here has no such case, or None."""
+    if implementation == "published" and case.dtype != "float32":
+        return "it has no mixed precision"
+    if implementation == "huggingface":
+        return why_not_hugging_face(case.config.model)
+    return None
+
+
+def _why_unavailable(
+    name: Implementation, device: torch.device, published: Path | None
+) -> str | None:
+    if name == "published" and published is None:
+        return "give its folder by --published"
+    if name == "huggingface" and importlib.util.find_spec("transformers") is None:
+        return "transformers is not installed"
+    if name == "compiled-graphs" and device.type != "cuda":
+        return "CUDA graphs need a GPU"
+    return None

@@ -1,0 +1,348 @@
+"""One training step of each implementation, on a batch that is on the device already.
+
+What the others are spared, in their favour: normalising the images, which their data loaders do and
+our model does within the step; and the logging of the published `engine.py`, which reads some 90
+scalars from the device. What the published criterion reads and computes only for the log
+(`class_error`, `cardinality_error`) is part of the criterion and is timed with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common import PhaseTimer, Row, environment
+from benchmarks.comparison import Durations, Setup, Subject, utilisation_fields
+from benchmarks.detector_cases import Case, random_batch
+from benchmarks.detector_flops import detector_flops
+from benchmarks.detector_implementations import COMPILED
+from benchmarks.gpu_counts import device_work, host_waits
+from benchmarks.hugging_face import build_hugging_face, hugging_face_images
+from benchmarks.published_code import (
+    build_published,
+    by_published_name,
+    published_groups,
+    published_images,
+)
+from msdetr.config import CompileConfig
+from msdetr.data.dataset import DetectionDataset
+from msdetr.engine.compile import explain_compile_errors, num_graphs
+from msdetr.engine.device import autocast, to_device
+from msdetr.engine.distributed import Worker
+from msdetr.engine.prefetch import StepInput
+from msdetr.engine.trainer import Trainer
+from msdetr.model.attention import MSDeformAttn
+from msdetr.model.checkpoint_adapter import load_state, published_to_ours
+from msdetr.model.detector import Detector, build_detector
+from msdetr.ops.dispatch import Impl
+from msdetr.structures import Batch
+
+PHASES = ("forward", "criterion", "backward", "optimizer")
+"""Parts of a step. `forward` is all before the criterion, our encoder's assignment included;
+`optimizer` is clipping and the update. A recorded step has `forward_backward` instead of three."""
+
+
+class TrainStep(Subject):
+    """A model, its criterion and its optimizer, on one batch."""
+
+    model: nn.Module
+
+    def __init__(self, setup: Setup) -> None:
+        """Take what all have in common."""
+        self._setup = setup
+        self._timer: PhaseTimer | None = None
+
+    @abstractmethod
+    def step(self) -> None:
+        """Take a step; tells `lap` where its phases end."""
+
+    def lap(self, phase: str) -> None:
+        """End a phase, if the step is timed."""
+        if self._timer is not None:
+            self._timer.lap(phase)
+
+    def run(self, repetitions: int) -> list[Durations]:
+        """Steps that follow each other."""
+        timers = []
+        for repetition in range(repetitions):
+            timer = self._timer = PhaseTimer(self._setup.device)
+            # Later ones begin where the device is, so that the host may run ahead.
+            timer.start(wait=repetition == 0)
+            self.step()
+            timer.lap("rest")
+            timers.append(timer)
+        self._timer = None
+        steps = [timer.seconds() for timer in timers]
+        return [
+            {"total": sum(step.values()), **{k: v for k, v in step.items() if k != "rest"}}
+            for step in steps
+        ]
+
+    def facts(self, seconds: float) -> Row:
+        """What the step does, and how well."""
+        case, device = self._setup.case, self._setup.device
+        row: Row = dict.fromkeys(("kernels_per_step", "gpu_idle_share", "host_reads_per_step"))
+        if device.type == "cuda":
+            work = device_work(self.step)
+            row = {
+                "kernels_per_step": work.kernels,
+                "gpu_idle_share": max(0.0, 1.0 - work.busy_seconds / seconds),
+                "host_reads_per_step": host_waits(self.step),
+            }
+        same_model = self._setup.implementation != "huggingface"
+        flops = detector_flops(case, training=True) if same_model else None
+        where = environment(device)["device"]
+        return row | utilisation_fields(flops, seconds, where, case.dtype)
+
+
+class _NoImages:
+    """Stands in for a data set that nothing is loaded from."""
+
+    annotations = SimpleNamespace(label_map=None)
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+
+def build_trainer(
+    case: Case, device: torch.device, *, impl: Impl = "auto", compiling: CompileConfig
+) -> Trainer:
+    """A trainer of the case's recipe, with weights of its seed and without data.
+
+    `impl` is that of attention, assignment and losses.
+    """
+    config = replace(case.config, compile=compiling)
+    torch.manual_seed(case.seed)
+    model = build_detector(config.model, initialize_backbone=False).to(device)
+    choose_attention(model, impl)
+    data = cast(DetectionDataset, _NoImages(case.batch))
+    trainer = Trainer(config, model, data, None, Worker(device=device))
+    trainer.criterion.impl = impl
+    return trainer
+
+
+def choose_attention(model: Detector, impl: Impl) -> None:
+    """Let all deformable attention of a detector run by `impl`."""
+    for module in model.modules():
+        if isinstance(module, MSDeformAttn):
+            module.impl = impl
+
+
+def impl_of(implementation: str) -> Impl:
+    """Which ops an implementation of ours asks for."""
+    return "reference" if implementation == "eager-reference" else "auto"
+
+
+def load_published_weights(model: Detector, setup: Setup) -> None:
+    """Give our model the initial weights of the published one, if that is measured too."""
+    if setup.weights.is_file():
+        published = torch.load(setup.weights, map_location="cpu", weights_only=True)
+        load_state(model, published_to_ours(published, setup.case.config.model))
+
+
+class OurStep(TrainStep):
+    """`Trainer.train_step`, with everything that it does."""
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        compiles = setup.implementation in COMPILED
+        compiling = CompileConfig(
+            mode="on" if compiles else "off",
+            cuda_graphs=setup.implementation == "compiled-graphs",
+        )
+        self.trainer = build_trainer(
+            setup.case, setup.device, impl=impl_of(setup.implementation), compiling=compiling
+        )
+        self.model = self.trainer.model
+        load_published_weights(self.trainer.model, setup)
+        host = random_batch(setup.case)
+        self._input = StepInput([host], [to_device(host, setup.device)])
+        self._graphs_when_warm = 0
+        self._time_phases()
+
+    def _time_phases(self) -> None:
+        trainer = self.trainer
+        if trainer.graphs is None:
+            trainer.distributed_model.register_forward_hook(lambda *_: self.lap("forward"))
+            trainer.criterion.register_forward_hook(lambda *_: self.lap("criterion"))
+        owner: Any = trainer if trainer.graphs is None else trainer.graphs
+        update = owner.update
+        before = "backward" if trainer.graphs is None else "forward_backward"
+
+        def timed_update() -> Tensor:
+            self.lap(before)
+            norm: Tensor = update()
+            self.lap("optimizer")
+            return norm
+
+        owner.update = timed_update
+
+    def step(self) -> None:
+        """The trainer's."""
+        self.trainer.train_step(self._input)
+
+    def values(self) -> dict[str, float]:
+        """All losses by their published names, without dropout; in bfloat16 the total of a first
+        step, with dropout, of the very code that is then timed."""
+        if self._setup.case.dtype == "float32":
+            return self._losses()
+        self.step()
+        return {"total": self.trainer.meter.read()["loss"]}
+
+    def _losses(self) -> dict[str, float]:
+        trainer, (batch,) = self.trainer, self._input.device
+        with without_dropout(self.model), explain_compile_errors():
+            total, terms = trainer.forward_backward(batch, batch.targets.count.sum())
+        trainer.optimizer.zero_grad(set_to_none=trainer.graphs is None)
+        return _as_floats({"total": total, **by_published_name(terms)})
+
+    def end_warm_up(self) -> None:
+        """From here on, nothing should compile."""
+        self._graphs_when_warm = num_graphs()
+
+    def facts(self, seconds: float) -> Row:
+        """What the step does, and what was compiled after the warm-up."""
+        compiles = self.trainer.is_compiled
+        recompiles = num_graphs() - self._graphs_when_warm
+        breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+        return super().facts(seconds) | {
+            "graph_breaks": breaks if compiles else None,
+            "recompiles": recompiles if compiles else None,
+        }
+
+
+class PublishedStep(TrainStep):
+    """The step of the published `engine.py`, without its data and its log."""
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        assert setup.published is not None
+        case, device = setup.case, setup.device
+        torch.manual_seed(case.seed)
+        args, model, self._criterion, _ = build_published(setup.published, case.config, device)
+        torch.save(model.state_dict(), setup.weights)
+        self.model = model.to(device).train()
+        self._criterion.train()
+        self._max_norm = args.clip_max_norm
+        self._optimizer = torch.optim.AdamW(
+            published_groups(model, args), lr=args.lr, weight_decay=args.weight_decay
+        )
+        batch = to_device(random_batch(case), device)
+        self._samples = published_images(batch.images)
+        self._targets = targets_per_image(batch, labels="labels")
+
+    def values(self) -> dict[str, float]:
+        """All losses, without dropout."""
+        with torch.no_grad(), without_dropout(self.model):
+            total, losses = self._compute_losses()
+        terms = {name: value for name, value in losses.items() if name.startswith("loss_")}
+        return _as_floats({"total": total, **terms})
+
+    def _compute_losses(self) -> tuple[Tensor, dict[str, Tensor]]:
+        output = self.model(self._samples)
+        self.lap("forward")
+        losses = self._criterion(output, self._targets)
+        weights = self._criterion.weight_dict
+        total = sum(value * weights[name] for name, value in losses.items() if name in weights)
+        self.lap("criterion")
+        return total, losses
+
+    def step(self) -> None:
+        """What the published loop does, in its order."""
+        total, _ = self._compute_losses()
+        self._optimizer.zero_grad()
+        total.backward()
+        self.lap("backward")
+        if self._max_norm > 0:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self._max_norm)
+        self._optimizer.step()
+        self.lap("optimizer")
+
+
+class HuggingFaceStep(TrainStep):
+    """A step of Deformable-DETR of `transformers`, with its loss and the recipe's optimizer."""
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        case, device, config = setup.case, setup.device, setup.case.config
+        torch.manual_seed(case.seed)
+        model: Any = build_hugging_face(config.model, config.loss).to(device).train()
+        self.model = model
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._max_norm = config.optimizer.clip_grad_norm
+        self._optimizer = torch.optim.AdamW(
+            self._parameters, lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay
+        )
+        batch = to_device(random_batch(case), device)
+        self._pixels, self._mask = hugging_face_images(batch.images)
+        self._labels = targets_per_image(batch, labels="class_labels")
+        loss_function = model.loss_function
+
+        def timed_loss(*args: Any, **kwargs: Any) -> Any:
+            self.lap("forward")
+            return loss_function(*args, **kwargs)
+
+        model.loss_function = timed_loss
+
+    def values(self) -> None:
+        """Nothing: it is another model, with other weights."""
+
+    def step(self) -> None:
+        """Forward with its loss inside, backward, clipping, AdamW."""
+        self._optimizer.zero_grad()
+        with autocast(self._setup.device, self._setup.case.dtype):
+            output = self.model(self._pixels, pixel_mask=self._mask, labels=self._labels)
+        self.lap("criterion")
+        output.loss.backward()
+        self.lap("backward")
+        nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
+        self._optimizer.step()
+        self.lap("optimizer")
+
+
+def build_step(setup: Setup) -> Subject:
+    """The step that a process is to take."""
+    if setup.implementation == "published":
+        return PublishedStep(setup)
+    return (HuggingFaceStep if setup.implementation == "huggingface" else OurStep)(setup)
+
+
+def targets_per_image(batch: Batch, *, labels: str) -> list[dict[str, Tensor]]:
+    """Targets as other implementations take them: a dictionary per image, without padding."""
+    return [
+        {labels: classes[:count], "boxes": boxes[:count]}
+        for classes, boxes, count in zip(
+            batch.targets.labels, batch.targets.boxes, batch.targets.count.tolist(), strict=True
+        )
+    ]
+
+
+@contextlib.contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Let no module of a model drop anything."""
+    # `p` of nn.Dropout, `dropout` of attention modules.
+    rates = [
+        (module, name, getattr(module, name))
+        for module in model.modules()
+        for name in ("p", "dropout")
+        if isinstance(getattr(module, name, None), float)
+    ]
+    for module, name, _ in rates:
+        setattr(module, name, 0.0)
+    yield
+    for module, name, rate in rates:
+        setattr(module, name, rate)
+
+
+def _as_floats(losses: dict[str, Tensor]) -> dict[str, float]:
+    return {name: float(value) for name, value in losses.items()}
