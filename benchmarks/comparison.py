@@ -12,27 +12,39 @@ assignment changes, so its tolerance only finds what is broken.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 
-from benchmarks.common import Row, asks_for_huge_pages, environment, peak_memory_mb, percentiles
+from benchmarks.common import (
+    Row,
+    asks_for_huge_pages,
+    environment,
+    peak_memory_mb,
+    percentiles,
+    print_table,
+    write_rows,
+)
 from benchmarks.detector_cases import Case, Dtype
-from benchmarks.detector_flops import peak_flops
+from benchmarks.detector_flops import detector_flops, peak_flops
 from benchmarks.detector_implementations import (
+    COMPILED,
     Implementation,
     choose_implementations,
     is_ours,
     why_not,
 )
+from benchmarks.gpu_counts import device_work, host_waits
 from benchmarks.processes import Worker
+from msdetr.engine.compile import CompileError, num_graphs
 from msdetr.engine.device import resolve_device
 
 Durations = dict[str, float]
@@ -58,6 +70,10 @@ class ComparisonOptions:
     """Image height in pixels."""
     width: int = 640
     """Image width in pixels."""
+    num_targets: int = 7
+    """Boxes per image (COCO has 7.3 on average); inference does not look at them."""
+    warmup: int = 2
+    """Calls before the measured ones; a recorded step is fully recorded after two."""
     published: Path | None = None
     """Folder of the published code; it is then measured as well."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -69,7 +85,26 @@ class ComparisonOptions:
     output: Path | None = None
     """JSON file for the rows, written after each case, and on a GPU after each implementation."""
 
+    @property
+    def cases(self) -> list[Case]:
+        """What is measured, in this order."""
+        return [
+            Case(
+                preset=preset,
+                batch=batch,
+                dtype=dtype,
+                height=self.height,
+                width=self.width,
+                num_targets=self.num_targets,
+                seed=self.seed,
+            )
+            for preset, batch, dtype in itertools.product(self.presets, self.batches, self.dtypes)
+        ]
+
     def __post_init__(self) -> None:
+        self.cases  # noqa: B018 # they check what they hold
+        if self.warmup < 0:
+            raise ValueError(f"warmup must not be negative, got {self.warmup}")
         for name in ("presets", "batches", "dtypes"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: give at least one")
@@ -90,35 +125,64 @@ class Setup(NamedTuple):
 
 
 class Subject(ABC):
-    """An implementation at work on a case."""
+    """An implementation at work on a case: calls that are each a step or a pass."""
+
+    training: ClassVar[bool]
+    """Whether a call computes gradients."""
+
+    def __init__(self, setup: Setup) -> None:
+        """Take what all have in common."""
+        self.setup = setup
+        self._graphs_when_warm = 0
 
     @abstractmethod
     def values(self) -> dict[str, float] | None:
         """What has to agree between implementations, before the first `run`; None if nothing."""
 
     @abstractmethod
+    def call(self) -> object:
+        """One call, which is not waited for."""
+
+    @abstractmethod
     def run(self, repetitions: int) -> list[Durations]:
         """Durations of calls that follow each other."""
 
     def end_warm_up(self) -> None:
-        """Hear that the next `run` counts."""
-        return None
+        """From here on, nothing should compile."""
+        self._graphs_when_warm = num_graphs()
 
-    @abstractmethod
     def facts(self, seconds: float) -> Row:
-        """Fields of its row besides durations, after the last `run`, whose median was `seconds`."""
+        """Fields of its row besides durations, after the last `run`; a call took `seconds`."""
+        implementation, case, device, *_ = self.setup
+        compiles = implementation in COMPILED
+        on_gpu = device.type == "cuda"
+        work = device_work(self.call) if on_gpu else None
+        same_model = implementation != "huggingface"
+        flops = detector_flops(case, training=self.training) if same_model else None
+        where = environment(device)
+        peak = peak_flops(where["device"], case.dtype)
+        return {
+            "kernels": work and work.kernels,
+            "gpu_idle_share": work and max(0.0, 1.0 - work.busy_seconds / seconds),
+            "host_reads": host_waits(self.call) if on_gpu else None,
+            "graph_breaks": _num_graph_breaks() if compiles else None,
+            "recompiles": num_graphs() - self._graphs_when_warm if compiles else None,
+            "model_flops": flops,
+            "model_flops_per_second": flops and flops / seconds,
+            "model_flops_utilisation": flops and peak and flops / seconds / peak,
+            "huge_pages": asks_for_huge_pages(),
+            **where,
+        }
 
 
 Build = Callable[[Setup], Subject]
 
 _subject: Subject
 """That of a worker's process."""
-_setup: Setup
 
 
 def _build(build: Build, setup: Setup) -> None:
-    global _subject, _setup
-    _setup = setup
+    global _subject
     _subject = build(setup)
 
 
@@ -136,14 +200,9 @@ def _end_warm_up() -> None:
 
 
 def _facts(seconds: float) -> Row:
-    device = _setup.device
-    peak = peak_memory_mb(device)  # before anything is profiled
-    return {
-        **_subject.facts(seconds),
-        "peak_memory_mb": peak,
-        "huge_pages": asks_for_huge_pages(),
-        **environment(device),
-    }
+    # What profiling takes is not the implementation's.
+    peak = {"peak_memory_mb": peak_memory_mb(_subject.setup.device)}
+    return peak | _subject.facts(seconds)
 
 
 def check_same_values(
@@ -168,6 +227,10 @@ def check_same_values(
             + ", ".join(f"{name} {found[name]:.6g} and {expected[name]:.6g}" for name in wrong[:10])
         )
     return max(difference.values(), default=0.0)
+
+
+def _num_graph_breaks() -> int:
+    return sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
 class _Agreement:
@@ -200,8 +263,8 @@ def compare(
     build: Build,
     *,
     benchmark: str,
+    parts: Sequence[str] = (),
     repetitions: int,
-    warmup: int,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Row]:
     """A row per case and implementation.
@@ -211,8 +274,8 @@ def compare(
         options: implementations, device and time.
         build: makes a subject, in its process.
         benchmark: its name, for the rows.
+        parts: of a call, each with a field of its median; None where it is not known.
         repetitions: measured calls of each.
-        warmup: calls before those.
         clock: for the time budget.
 
     Raises:
@@ -239,37 +302,36 @@ def compare(
                     print(f"time budget used up before {', '.join(group)} of {case}")
                     return
                 setups = [Setup(name, case, device, options.published, weights) for name in group]
-                yield from _measure(
-                    setups,
-                    build,
-                    agreement,
-                    benchmark=benchmark,
-                    repetitions=repetitions,
-                    warmup=warmup,
-                )
+                try:
+                    rows = _measure(setups, build, agreement, options, repetitions, parts)
+                except torch.OutOfMemoryError:
+                    print(f"left out, as memory ran out: {', '.join(group)} of {case}")
+                    continue
+                yield from ({"benchmark": benchmark, **row} for row in rows)
 
 
 def _measure(
     setups: Sequence[Setup],
     build: Build,
     agreement: _Agreement,
-    *,
-    benchmark: str,
+    options: ComparisonOptions,
     repetitions: int,
-    warmup: int,
-) -> Iterator[Row]:
+    parts: Sequence[str],
+) -> list[Row]:
     """Rows of implementations that live side by side."""
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(Worker(setup.implementation)) for setup in setups]
         for worker, setup in zip(workers, setups, strict=True):
             worker.call(_build, build, setup)
             agreement.check(worker.implementation, worker.call(_values))
-        _take_turns(workers, warmup)
+        _take_turns(workers, options.warmup)
         for worker in workers:
             worker.call(_end_warm_up)
         durations = _take_turns(workers, repetitions)
-        for worker, setup, found in zip(workers, setups, durations, strict=True):
-            yield _row(benchmark, worker, setup.case, found)
+        return [
+            _row(worker, setup.case, found, parts)
+            for worker, setup, found in zip(workers, setups, durations, strict=True)
+        ]
 
 
 def _take_turns(workers: Sequence[Worker], calls: int) -> list[list[Durations]]:
@@ -282,10 +344,9 @@ def _take_turns(workers: Sequence[Worker], calls: int) -> list[list[Durations]]:
     return durations
 
 
-def _row(benchmark: str, worker: Worker, case: Case, durations: Sequence[Durations]) -> Row:
+def _row(worker: Worker, case: Case, durations: Sequence[Durations], parts: Sequence[str]) -> Row:
     p50, p80 = percentiles([duration["total"] for duration in durations])
     row: Row = {
-        "benchmark": benchmark,
         "preset": case.preset,
         "implementation": worker.implementation,
         "dtype": case.dtype,
@@ -299,22 +360,36 @@ def _row(benchmark: str, worker: Worker, case: Case, durations: Sequence[Duratio
         "speedup_over_published": None,
         "speedup_over_eager": None,
     }
-    for part in durations[0]:
-        if part != "total":
-            row[f"{part}_seconds"] = percentiles([duration[part] for duration in durations])[0]
-    row |= worker.call(_facts, p50)
-    return row
+    for part in parts:
+        known = part in durations[0]
+        row[f"{part}_seconds"] = percentiles([d[part] for d in durations])[0] if known else None
+    return row | worker.call(_facts, p50)
 
 
-def utilisation_fields(flops: int | None, seconds: float, device: str, dtype: Dtype) -> Row:
-    """Fields about the operations of a call that took `seconds`, None where unknown."""
-    rate = None if flops is None else flops / seconds
-    peak = peak_flops(device, dtype)
-    return {
-        "model_flops": flops,
-        "model_flops_per_second": rate,
-        "model_flops_utilisation": None if rate is None or peak is None else rate / peak,
+def collect(rows: Iterable[Row], output: Path | None) -> list[Row]:
+    """All rows, with their speedups; written to `output` as they come.
+
+    Raises:
+        ValueError: a model cannot be compiled.
+    """
+    found: list[Row] = []
+    try:
+        for row in rows:
+            found.append(row)
+            add_speedups(found)
+            if output is not None:
+                write_rows(output, found)
+    except CompileError as error:
+        raise ValueError(str(error)) from error
+    return found
+
+
+def print_rows(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
+    """Print the columns, with their formats, in which some row has a value."""
+    used = {
+        name: spec for name, spec in columns.items() if any(row[name] is not None for row in rows)
     }
+    print_table(rows, used)
 
 
 def add_speedups(rows: Sequence[Row]) -> None:

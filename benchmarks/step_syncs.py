@@ -390,7 +390,7 @@ def build_published_step(options: Options, device: torch.device) -> Step:
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.pth"
         setup = Setup("published", options.case, device, options.published, weights)
-        return PublishedStep(setup).step
+        return PublishedStep(setup).call
 
 
 def count_pretended(

@@ -9,7 +9,6 @@ scalars from the device. What the published criterion reads and computes only fo
 from __future__ import annotations
 
 import contextlib
-from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,12 +17,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import PhaseTimer, Row, environment
-from benchmarks.comparison import Durations, Setup, Subject, utilisation_fields
+from benchmarks.common import PhaseTimer
+from benchmarks.comparison import Durations, Setup, Subject
 from benchmarks.detector_cases import Case, random_batch
-from benchmarks.detector_flops import detector_flops
 from benchmarks.detector_implementations import COMPILED
-from benchmarks.gpu_counts import device_work, host_waits
 from benchmarks.hugging_face import build_hugging_face, hugging_face_images
 from benchmarks.published_code import (
     build_published,
@@ -33,7 +30,7 @@ from benchmarks.published_code import (
 )
 from msdetr.config import CompileConfig
 from msdetr.data.dataset import DetectionDataset
-from msdetr.engine.compile import explain_compile_errors, num_graphs
+from msdetr.engine.compile import explain_compile_errors
 from msdetr.engine.device import autocast, to_device
 from msdetr.engine.distributed import Worker
 from msdetr.engine.prefetch import StepInput
@@ -44,27 +41,25 @@ from msdetr.model.detector import Detector, build_detector
 from msdetr.ops.dispatch import Impl
 from msdetr.structures import Batch
 
-PHASES = ("forward", "criterion", "backward", "optimizer")
+PHASES = ("forward", "criterion", "backward", "forward_backward", "optimizer")
 """Parts of a step. `forward` is all before the criterion, our encoder's assignment included;
-`optimizer` is clipping and the update. A recorded step has `forward_backward` instead of three."""
+`optimizer` is clipping and the update. A recorded step has `forward_backward` instead of the first
+three."""
 
 
 class TrainStep(Subject):
     """A model, its criterion and its optimizer, on one batch."""
 
+    training = True
     model: nn.Module
 
     def __init__(self, setup: Setup) -> None:
-        """Take what all have in common."""
-        self._setup = setup
+        """Begin untimed."""
+        super().__init__(setup)
         self._timer: PhaseTimer | None = None
 
-    @abstractmethod
-    def step(self) -> None:
-        """Take a step; tells `lap` where its phases end."""
-
     def lap(self, phase: str) -> None:
-        """End a phase, if the step is timed."""
+        """End a phase of a call, if it is timed."""
         if self._timer is not None:
             self._timer.lap(phase)
 
@@ -72,34 +67,15 @@ class TrainStep(Subject):
         """Steps that follow each other."""
         timers = []
         for repetition in range(repetitions):
-            timer = self._timer = PhaseTimer(self._setup.device)
+            timer = self._timer = PhaseTimer(self.setup.device)
             # Later ones begin where the device is, so that the host may run ahead.
             timer.start(wait=repetition == 0)
-            self.step()
+            self.call()
             timer.lap("rest")
             timers.append(timer)
         self._timer = None
         steps = [timer.seconds() for timer in timers]
-        return [
-            {"total": sum(step.values()), **{k: v for k, v in step.items() if k != "rest"}}
-            for step in steps
-        ]
-
-    def facts(self, seconds: float) -> Row:
-        """What the step does, and how well."""
-        case, device = self._setup.case, self._setup.device
-        row: Row = dict.fromkeys(("kernels_per_step", "gpu_idle_share", "host_reads_per_step"))
-        if device.type == "cuda":
-            work = device_work(self.step)
-            row = {
-                "kernels_per_step": work.kernels,
-                "gpu_idle_share": max(0.0, 1.0 - work.busy_seconds / seconds),
-                "host_reads_per_step": host_waits(self.step),
-            }
-        same_model = self._setup.implementation != "huggingface"
-        flops = detector_flops(case, training=True) if same_model else None
-        where = environment(device)["device"]
-        return row | utilisation_fields(flops, seconds, where, case.dtype)
+        return [{"total": sum(step.values()), **step} for step in steps]
 
 
 class _NoImages:
@@ -167,7 +143,6 @@ class OurStep(TrainStep):
         load_published_weights(self.trainer.model, setup)
         host = random_batch(setup.case)
         self._input = StepInput([host], [to_device(host, setup.device)])
-        self._graphs_when_warm = 0
         self._time_phases()
 
     def _time_phases(self) -> None:
@@ -187,16 +162,16 @@ class OurStep(TrainStep):
 
         owner.update = timed_update
 
-    def step(self) -> None:
+    def call(self) -> None:
         """The trainer's."""
         self.trainer.train_step(self._input)
 
     def values(self) -> dict[str, float]:
         """All losses by their published names, without dropout; in bfloat16 the total of a first
         step, with dropout, of the very code that is then timed."""
-        if self._setup.case.dtype == "float32":
+        if self.setup.case.dtype == "float32":
             return self._losses()
-        self.step()
+        self.call()
         return {"total": self.trainer.meter.read()["loss"]}
 
     def _losses(self) -> dict[str, float]:
@@ -205,20 +180,6 @@ class OurStep(TrainStep):
             total, terms = trainer.forward_backward(batch, batch.targets.count.sum())
         trainer.optimizer.zero_grad(set_to_none=trainer.graphs is None)
         return _as_floats({"total": total, **by_published_name(terms)})
-
-    def end_warm_up(self) -> None:
-        """From here on, nothing should compile."""
-        self._graphs_when_warm = num_graphs()
-
-    def facts(self, seconds: float) -> Row:
-        """What the step does, and what was compiled after the warm-up."""
-        compiles = self.trainer.is_compiled
-        recompiles = num_graphs() - self._graphs_when_warm
-        breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
-        return super().facts(seconds) | {
-            "graph_breaks": breaks if compiles else None,
-            "recompiles": recompiles if compiles else None,
-        }
 
 
 class PublishedStep(TrainStep):
@@ -257,7 +218,7 @@ class PublishedStep(TrainStep):
         self.lap("criterion")
         return total, losses
 
-    def step(self) -> None:
+    def call(self) -> None:
         """What the published loop does, in its order."""
         total, _ = self._compute_losses()
         self._optimizer.zero_grad()
@@ -297,10 +258,10 @@ class HuggingFaceStep(TrainStep):
     def values(self) -> None:
         """Nothing: it is another model, with other weights."""
 
-    def step(self) -> None:
+    def call(self) -> None:
         """Forward with its loss inside, backward, clipping, AdamW."""
         self._optimizer.zero_grad()
-        with autocast(self._setup.device, self._setup.case.dtype):
+        with autocast(self.setup.device, self.setup.case.dtype):
             output = self.model(self._pixels, pixel_mask=self._mask, labels=self._labels)
         self.lap("criterion")
         output.loss.backward()
