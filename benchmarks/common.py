@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import os
@@ -10,7 +11,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,43 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Write `rows` as a JSON list, in the place of a file that is already there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(list(rows), indent=2) + "\n")
+
+
+def read_rows(path: Path, *benchmarks: str) -> list[Row]:
+    """The rows of a file that are of one of the benchmarks.
+
+    Raises:
+        ValueError: there are none, or the file is not JSON.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    found = [row for row in rows if row.get("benchmark") in benchmarks]
+    if not found:
+        raise ValueError(f"{path} holds no rows of {' or '.join(benchmarks)}")
+    return found
+
+
+def group_rows(rows: Iterable[Row], *names: str) -> Iterable[tuple[tuple[Any, ...], list[Row]]]:
+    """Rows by the values of these fields, in order of appearance."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups.items()
+
+
+def new_figure(figsize: tuple[float, float]) -> Any:
+    """An empty figure of matplotlib, sized in inches.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        figure = importlib.import_module("matplotlib.figure").Figure
+    except ImportError as error:
+        raise ValueError("plots need matplotlib: pip install 'msdetr[plot]'") from error
+    return figure(figsize=figsize, layout="constrained")
 
 
 def print_table(rows: Sequence[Row], columns: Mapping[str, str]) -> None:

@@ -6,8 +6,6 @@ spread; and over the spread of the offsets, per shape, type and batch.
 
 from __future__ import annotations
 
-import importlib
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks.common import Row
+from benchmarks.common import Row, group_rows, new_figure, read_rows
 from msdetr.cli.options import parse_options, user_errors
 
 PASSES = ("forward", "backward", "forward+backward")
@@ -32,21 +30,13 @@ class Options:
     """Folder for the PNG files."""
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_durations(path: Path) -> list[Row]:
     """The rows that hold a duration.
 
     Raises:
         ValueError: the file holds none.
     """
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    timed = [
-        row
-        for row in rows
-        if row.get("benchmark") == "ms_deform_attn" and row.get("p50_us") is not None
-    ]
+    timed = [row for row in read_rows(path, "ms_deform_attn") if row.get("p50_us") is not None]
     if not timed:
         raise ValueError(f"{path} holds no durations of ms_deform_attn")
     return timed
@@ -58,22 +48,18 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    try:
-        new_figure = importlib.import_module("matplotlib.figure").Figure
-    except ImportError as error:
-        raise ValueError("plots need matplotlib: pip install 'msdetr[plot]'") from error
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for (shape, dtype, spread), group in _groups(rows, "shape", "dtype", "spread"):
-        figure = new_figure(figsize=(12, 4.5), layout="constrained")
+    for (shape, dtype, spread), group in group_rows(rows, "shape", "dtype", "spread"):
+        figure = new_figure(figsize=(12, 4.5))
         figure.suptitle(f"{shape}, {dtype}, spread {spread:g}, {group[0]['device']}")
         _draw_bars(figure, group)
         paths.append(folder / f"bars_{shape}_{dtype}_spread{spread:g}.png")
         figure.savefig(paths[-1], dpi=120)
-    for (shape, dtype, batch), group in _groups(rows, "shape", "dtype", "batch"):
+    for (shape, dtype, batch), group in group_rows(rows, "shape", "dtype", "batch"):
         if len({row["spread"] for row in group}) < 2:
             continue
-        figure = new_figure(figsize=(12, 4.5), layout="constrained")
+        figure = new_figure(figsize=(12, 4.5))
         figure.suptitle(f"{shape}, {dtype}, batch {batch}, {group[0]['device']}")
         _draw_lines(figure, group)
         paths.append(folder / f"spread_{shape}_{dtype}_batch{batch}.png")
@@ -127,13 +113,6 @@ def _finish(figure: Any) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
 
 
-def _groups(rows: Sequence[Row], *names: str) -> Iterable[tuple[tuple[Any, ...], list[Row]]]:
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in names), []).append(row)
-    return groups.items()
-
-
 def _unique(rows: Sequence[Row], name: str) -> list[Any]:
     return list(dict.fromkeys(row[name] for row in rows))
 
@@ -143,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     with user_errors():
         options = parse_options(Options, arguments, prog="python -m benchmarks.plot_ms_deform_attn")
-        for path in draw(read_rows(options.rows), options.output):
+        for path in draw(read_durations(options.rows), options.output):
             print(path)
     return 0
 

@@ -36,7 +36,7 @@ from benchmarks.ms_deform_attn_cases import (
     sampling_locations,
 )
 from benchmarks.ms_deform_attn_peers import IMPLEMENTATIONS, OURS, external_op
-from benchmarks.plot_ms_deform_attn import draw, read_rows
+from benchmarks.plot_ms_deform_attn import draw, read_durations
 from benchmarks.plot_ms_deform_attn import main as plot
 from msdetr.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
 
@@ -426,7 +426,7 @@ def test_files_without_durations_are_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"rows\.json"):
-        read_rows(path)
+        read_durations(path)
 
 
 def copies(num: int, megabytes: int = 64) -> list[Callable[[], Tensor]]:
