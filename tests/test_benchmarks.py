@@ -371,13 +371,13 @@ def test_a_step_of_hugging_face() -> None:
 
 
 @NEEDS_PUBLISHED
-@pytest.mark.parametrize("benchmark", ["train_step", "inference"])
-def test_against_the_published_code(tmp_path: Path, benchmark: str) -> None:
+@pytest.mark.parametrize("which", ["train_step", "inference"])
+def test_against_the_published_code(tmp_path: Path, which: str) -> None:
     path = tmp_path / "rows.json"
     size = ["--batches", "1", "--height", "128", "--width", "160", "--warmup", "0"]
     where = ["--device", "cpu", "--published", os.environ["MSDETR_PUBLISHED"]]
     which = ["--implementations", "eager", "published", "--output", str(path)]
-    if benchmark == "train_step":
+    if which == "train_step":
         assert bench_train_step.main([*size, *where, *which, "--steps", "1"]) == 0
     else:
         assert bench_inference.main([*size, *where, *which, "--passes", "1"]) == 0
