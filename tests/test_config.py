@@ -190,7 +190,7 @@ REFUSED = [
     (DataConfig, {"target_buckets": (16, 8)}, "target_buckets must ascend"),
     (DataConfig, {"crop_min_size": 700}, r"crop_min_size \(700\) exceeds crop_max_size \(600\)"),
     (DataConfig, {"num_workers": -1}, "num_workers must not be negative"),
-    (DataConfig, {"num_image_buckets": 0}, "num_image_buckets must be at least 1, got 0"),
+    (DataConfig, {"num_image_buckets": -1}, "num_image_buckets must not be negative, got -1"),
     (DataConfig, {"cache": "disk"}, "cache must be"),
     *[
         (OptimizerConfig, {name: -1.0}, f"{name} must be a finite number of at least 0, got -1.0")

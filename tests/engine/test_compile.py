@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -11,7 +14,8 @@ from assignment.scenes import padded_targets, random_boxes
 from model.helpers import image_batch, tiny_config
 from torch import Tensor, nn
 
-from msdetr.config import AssignmentConfig, CompileConfig, LossConfig
+from msdetr.config import AssignmentConfig, CompileConfig, LossConfig, RunConfig
+from msdetr.engine import trainer as trainer_module
 from msdetr.engine.compile import (
     CompileError,
     compile_step,
@@ -20,6 +24,10 @@ from msdetr.engine.compile import (
     num_graphs,
     parts,
 )
+from msdetr.engine.distributed import Worker
+from msdetr.engine.prefetch import StepInput
+from msdetr.engine.run import build_trainer
+from msdetr.engine.trainer import Trainer
 from msdetr.losses.criterion import Criterion
 from msdetr.model.detector import Detector, build_detector
 from msdetr.structures import ImageBatch, Targets
@@ -262,3 +270,39 @@ def test_generated_code_on_a_gpu(dtype: torch.dtype):
     eager = step()
     compile_step(model, criterion)
     assert_close(step(), eager, dtype)
+
+
+class TestRun:
+    """A whole run whose step is compiled."""
+
+    def config(self, data: Path, output: Path, mode: str) -> RunConfig:
+        config = deterministic_config(data, output, eval_every=2)
+        return dataclasses.replace(config, compile=CompileConfig(mode=mode))
+
+    def test_it_trains_as_one_that_is_not_and_compiles_before_the_first_step(
+        self, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        quick = functools.partial(compile_step, backend="eager")
+        monkeypatch.setattr(trainer_module, "compile_step", quick)
+        worker = Worker(device=torch.device("cpu"))
+        graphs: list[int] = []
+        real_step = Trainer.train_step
+
+        def counted_step(trainer: Trainer, step_input: StepInput) -> None:
+            graphs.append(num_graphs())
+            real_step(trainer, step_input)
+
+        monkeypatch.setattr(Trainer, "train_step", counted_step)
+        trainers = {}
+        for mode in ("off", "on"):
+            trainers[mode] = build_trainer(self.config(shapes, tmp_path / mode, mode), worker)
+            trainers[mode].train()
+        eager, compiled = trainers["off"], trainers["on"]
+        assert eager.config.data.num_image_buckets == 0
+        assert compiled.config.data.num_image_buckets == 16
+        assert graphs[:4] == [0] * 4
+        assert graphs[4] > 10
+        assert graphs[4:] == [graphs[4]] * 4
+        assert num_graphs() == graphs[4]  # Evaluation runs as it is written.
+        for name, weight in eager.model.state_dict().items():
+            torch.testing.assert_close(compiled.model.state_dict()[name], weight)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from engine.helpers import (
 )
 from engine.processes import Tasks, do_tasks, loaded_tensors, run_in_processes, train_run
 
-from msdetr.config import RunConfig
+from msdetr.config import CompileConfig, RunConfig
 from msdetr.data.sampler import step_indices
 from msdetr.engine.checkpoint import OPTIMIZER, find_checkpoints, load_checkpoint
 from msdetr.engine.device import resolve_device
@@ -25,7 +25,7 @@ from msdetr.weights import load_weights
 
 WORKER = Worker(device=torch.device("cpu"))
 NUM_TRAIN = 12
-_KINDS = ("ddp", "ddp-parts", "fsdp", "fsdp-parts")
+_KINDS = ("ddp", "ddp-parts", "fsdp", "fsdp-parts", "ddp-compiled", "fsdp-compiled")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,8 @@ def run_config(data: Path, folder: Path, name: str) -> RunConfig:
     if name == "fsdp":
         train["checkpoint_every"] = 2
     config = deterministic_config(data, folder / name, **train)
+    mode: Literal["on", "off"] = "on" if name.endswith("compiled") else "off"
+    config = dataclasses.replace(config, compile=CompileConfig(mode=mode))
     return dataclasses.replace(config, parallel="fsdp" if name.startswith("fsdp") else "ddp")
 
 
@@ -119,6 +121,12 @@ def test_two_processes_are_one(results: Results, name: str) -> None:
     assert_same_within_rounding(first, expected)
     assert sorted(expected["scores"]) == list(range(100, 105))
     assert second["scores"] == {}
+
+
+def test_compiled_runs_are_compiled(results: Results) -> None:
+    *others, ddp, fsdp = (results.ranks[0][name]["num_graphs"] for name in _KINDS)
+    assert not any(others)
+    assert fsdp > ddp > 10
 
 
 def test_shards_are_parts(results: Results) -> None:
