@@ -3,7 +3,9 @@
 One-to-many and one-to-one assignment of six decoder layers, and one-to-one assignment of the
 encoder's anchors, on predictions half of which lie near a target. `published` restates the
 published algorithm, as the loop over layers, images and targets that it is; it draws by given
-priorities, which all share.
+priorities, which all share, and leaves out what the published code checks on the way. On a CPU,
+`reference_compiled` is the reference as it runs in a compiled criterion: by Inductor in one graph,
+for the shapes of each case anew. That takes long, so it runs only where it is named.
 
 Before an implementation is timed, its assignment is compared with the reference's on two images:
 the same number of queries per target, and the same scores or total cost. One that is wrong is
@@ -11,9 +13,8 @@ reported as wrong. Then implementations take turns call by call, so that what el
 hits all; `speedup` is over `published` in the same run. A duration is from the call to its end on
 the device; `device_us`, on a GPU, is the device's share of it, where a call can be captured.
 
-`launches` are kernels on a GPU; on a CPU, the operators (but views) that would launch at least one
-each. `host_waits` are reads and blocking copies, counted by torch on a GPU, and on a CPU as in
-`benchmarks.step_syncs`.
+`launches` are kernels, fills and copies, on a CPU as in `benchmarks.launches`. `host_waits` are
+reads and blocking copies, counted by torch on a GPU, and on a CPU as in `benchmarks.step_syncs`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from benchmarks import launches
 from benchmarks.bench_train_step import NUM_CLASSES, Worker
 from benchmarks.common import Row, environment, print_table, write_rows
 from benchmarks.device_time import Call, graph_seconds, percentiles_us, work_on
@@ -53,6 +55,7 @@ Task = Literal["one_to_many", "one_to_one", "encoder"]
 
 OURS = "msdetr"
 REFERENCE = "reference"
+COMPILED = "reference_compiled"
 PUBLISHED = "published"
 DECODER_LAYERS = 6
 GPU_ANCHORS = 22223
@@ -192,6 +195,17 @@ def dense_one_to_many(inputs: Inputs, impl: Impl) -> OneToMany:
     )
 
 
+def compiled_one_to_many(inputs: Inputs) -> OneToMany:
+    """The reference, compiled in one graph for the shapes of the inputs."""
+    return _compiled(inputs.logits.shape, inputs.targets.labels.shape)(inputs, "reference")
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled(*shapes: torch.Size) -> Callable[[Inputs, Impl], OneToMany]:
+    torch._dynamo.reset()  # A function is compiled for a few shapes only.
+    return torch.compile(dense_one_to_many, fullgraph=True, dynamic=False)
+
+
 def dense_cost(inputs: Inputs, impl: Impl) -> Tensor:
     """[N, B, Q, T], ours."""
     return matching_cost(
@@ -324,6 +338,8 @@ class Implementation:
     runs: Mapping[Task, Callable[[Inputs], Any]]
     unavailable: Callable[[torch.device], str | None] = lambda device: None
     """Why it cannot run on a device, or None."""
+    compiled: bool = False
+    """Compiled for each case: it runs only where named, and its operators are not counted."""
     mixes_images: bool = False
     """Whether one-to-one costs are of predictions and the targets of all images, by layer."""
 
@@ -385,6 +401,7 @@ IMPLEMENTATIONS = {
                 functools.partial(dense_one_to_one, impl="reference"),
             ),
         ),
+        Implementation(COMPILED, {"one_to_many": compiled_one_to_many}, compiled=True),
         Implementation(
             PUBLISHED, _both(published_one_to_many, published_one_to_one), mixes_images=True
         ),
@@ -476,16 +493,9 @@ def count_on_pretended_device(case: Case, name: str) -> tuple[int, int]:
 
 
 def count_on_gpu(call: Call) -> tuple[int, int]:
-    """Kernels and waits of a call on a GPU."""
+    """Launches and waits of a call on a GPU."""
     call()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-        torch.cuda.synchronize()
-    kernels = [
-        event
-        for event in profile.events()
-        if event.device_type.name == "CUDA" and not event.name.startswith(("Memcpy", "Memset"))
-    ]
+    num_launches = launches.count_on_gpu(call)
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -493,7 +503,7 @@ def count_on_gpu(call: Call) -> tuple[int, int]:
             call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return len(kernels), sum("synchroniz" in str(warning.message) for warning in caught)
+    return num_launches, sum("synchroniz" in str(warning.message) for warning in caught)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -512,7 +522,7 @@ class Options:
     """Predictions per image in the encoder's task; by default those of 800 x 1333 pixels on a GPU,
     and a tenth on a CPU."""
     implementations: tuple[str, ...] = ()
-    """By name; empty: all that can run here."""
+    """By name; empty: all that can run here, but `reference_compiled`."""
     repetitions: int = 10
     """Durations taken of each call."""
     memory: float | None = None
@@ -522,7 +532,8 @@ class Options:
     """Seconds after which nothing more is begun; the most typical cases come first."""
     check: bool = False
     """Only compare the one-to-many reference with the published loop, at batch 16, 300 queries and
-    7 targets (COCO has 7.3 on average); exit with 1 if it is not 10 times as fast."""
+    7 targets (COCO has 7.3 on average); exit with 1 if it is not 10 times as fast. Compiled code
+    does not count."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes CUDA where there is one."""
     output: Path | None = None
@@ -575,6 +586,8 @@ def choose_implementations(options: Options, device: torch.device) -> list[Imple
     names = (REFERENCE, PUBLISHED) if options.check else options.implementations
     found = []
     for name in names or IMPLEMENTATIONS:
+        if IMPLEMENTATIONS[name].compiled and not names:
+            continue
         reason = IMPLEMENTATIONS[name].unavailable(device)
         if reason is None:
             found.append(IMPLEMENTATIONS[name])
@@ -637,7 +650,7 @@ def measure_case(
             if device.type == "cuda":
                 row["launches"], row["host_waits"] = count_on_gpu(calls[name])
                 row["device_us"] = _device_us(calls[name]) if not row["host_waits"] else None
-            elif counter is not None:
+            elif counter is not None and not IMPLEMENTATIONS[name].compiled:
                 row["launches"], row["host_waits"] = counter(case, name)
         rows.append(row)
     return rows
@@ -706,6 +719,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for row in rows
             if row["implementation"] == REFERENCE and not (row["speedup"] or 0.0) >= LEAST_SPEEDUP
         ]
+        print(
+            f"required: one-to-many at batch {CHECKED.batch}, {CHECKED.queries} queries and "
+            f"{CHECKED.targets} targets, the reference (eager) at least {LEAST_SPEEDUP:g} times "
+            f"as fast as the published loop, by medians of {options.repetitions} calls in turn"
+        )
         for row in slow:
             print(f"the reference is {row['speedup']:.1f} times as fast, not {LEAST_SPEEDUP:g}")
         failed += slow

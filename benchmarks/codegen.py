@@ -211,28 +211,33 @@ def launch_assignment(layers: int, queries: int, slots: int, dtype: torch.dtype)
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    scene = (
+    predictions = (
         empty(layers, batch, queries, 91, dtype=dtype),
         empty(layers, batch, queries, 4),
-        empty(batch, slots, dtype=torch.int64),
-        empty(batch, slots, 4),
-        empty(batch, dtype=torch.int64),
     )
+    labels, boxes = empty(batch, slots, dtype=torch.int64), empty(batch, slots, 4)
+    count = empty(batch, dtype=torch.int64)
     is_encoder = layers == 1
+    match_labels = None if is_encoder else labels
     cost = matching_cost.matching_cost(
-        *scene,
+        *predictions,
+        match_labels,
+        boxes,
+        count,
         cost_class=0.0 if is_encoder else 2.0,
         cost_bbox=5.0,
         cost_giou=2.0,
         alpha=0.25,
         worst=1e6,
     )
-    count = empty(layers * batch, dtype=torch.int64)
-    linear_assignment.linear_assignment(cost.transpose(2, 3).flatten(0, 1), count)
+    linear_assignment.linear_assignment(cost.transpose(2, 3), count, match_labels)
     if is_encoder:
         return
     one_to_many.one_to_many(
-        *scene,
+        *predictions,
+        labels,
+        boxes,
+        count,
         empty(layers, batch, queries),
         k=6,
         threshold=0.4,
@@ -255,8 +260,13 @@ def launch_focal_loss(queries: int, dtype: torch.dtype) -> None:
 
 
 def _training_cases() -> Iterator[Case]:
-    assignments = (("assignment-300", 6, 300, 20), ("assignment-900", 6, 900, 100))
-    for name, layers, queries, slots in (*assignments, ("assignment-encoder", 1, 22223, 100)):
+    assignments = (
+        ("assignment-300", 6, 300, 20),
+        ("assignment-900", 6, 900, 100),
+        ("assignment-crowd", 6, 300, 512),  # more targets than queries
+        ("assignment-encoder", 1, 22223, 100),
+    )
+    for name, layers, queries, slots in assignments:
         launch = functools.partial(launch_assignment, layers, queries, slots, torch.bfloat16)
         yield Case(name=name, dtype="bfloat16", launch=launch)
     for dtype in ("bfloat16", "float32"):

@@ -39,16 +39,18 @@ if not torch.cuda.is_available():
 
 from torch import Tensor
 from torch.utils import backend_registration
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import msdetr
 from benchmarks import bench_train_step
 from benchmarks.common import PhaseTimer, print_table
+from benchmarks.launches import CPU_KEYS, OUR_OPERATORS, interpreted_launches, is_launch
 from msdetr.cli.options import parse_options, user_errors
-from msdetr.config import RunConfig
+from msdetr.config import CompileConfig, RunConfig
 from msdetr.data.dataset import DetectionDataset
 from msdetr.engine.distributed import Worker
+from msdetr.engine.prefetch import on_device
 from msdetr.engine.trainer import Trainer
 from msdetr.model.detector import build_detector
 
@@ -82,8 +84,6 @@ _INDEXING = frozenset(
         "index_put_",
     }
 )
-_OUR_OPERATORS = "msdetr"
-_CPU_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
 @dataclass(frozen=True, order=True)
@@ -103,7 +103,7 @@ class Tally:
     waits: Counter[Wait]
     """How often it would have waited."""
     operations: int = 0
-    """Operators that would do something on the device: all but views."""
+    """Operators that would do something on the device: not views, nor uninitialised tensors."""
     launches: int = 0
     """Launches of Triton kernels."""
 
@@ -259,20 +259,24 @@ class _PretendMode(TorchDispatchMode):
         call = _Call(operator, args, kwargs or {})
         if not (call.from_device or call.names_device):
             return call.compute()
-        if operator.namespace == _OUR_OPERATORS:
+        if operator.namespace == OUR_OPERATORS:
             # Its implementation is Python that could wait, so it runs with this mode on.
             with self:
-                return operator.redispatch(_CPU_KEYS, *call.args, **call.kwargs)
+                return operator.redispatch(CPU_KEYS, *call.args, **call.kwargs)
         # Below autograd, operators that are made of others arrive as they are.
         with self:
             result = operator.decompose(*call.args, **call.kwargs)
         if result is not NotImplemented:
             return result
-        self.tally.operations += not operator.is_view
+        self.tally.operations += is_launch(operator)
         reason = call.why_it_waits()
         if reason is not None:
             self.tally.waits[Wait(self._caller(), f"{operator.overloadpacket}: {reason}")] += 1
         return call.compute()
+
+    def count_kernel(self, name: str) -> None:
+        """Hear of the launch of a Triton kernel."""
+        self.tally.launches += 1
 
     def _caller(self) -> str:
         """FILE:LINE of the innermost frame in one of the folders."""
@@ -308,33 +312,13 @@ def pretending(*folders: Path) -> Iterator[Tally]:
     try:
         with (
             mock.patch.object(torch, "Generator", generator),
-            _kernels_on_the_host(mode.tally),
+            interpreted_launches(mode.count_kernel, _on_host),
             torch.autograd.set_multithreading_enabled(False),  # or callers would be unknown
             mode,
         ):
             yield mode.tally
     finally:
         torch._C._set_only_lift_cpu_tensors(lifted)
-
-
-@contextlib.contextmanager
-def _kernels_on_the_host(tally: Tally) -> Iterator[None]:
-    """Let Triton's interpreter see the tensors of the host."""
-    try:
-        from triton.runtime.interpreter import GridExecutor
-    except ImportError:
-        yield
-        return
-    launch = GridExecutor.__call__
-
-    def launch_on_host(self: Any, *args: Any, **kwargs: Any) -> None:
-        tally.launches += 1
-        args, kwargs = tree_map(_on_host, (args, kwargs))
-        with _disable_current_modes():
-            launch(self, *args, **kwargs)
-
-    with mock.patch.object(GridExecutor, "__call__", launch_on_host):
-        yield
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -419,6 +403,7 @@ def build_step(options: Options, device: torch.device) -> Step:
             activation_checkpointing=options.activation_checkpointing,
             ema_decay=0.9999,
         ),
+        compile=CompileConfig(mode="off"),
     )
     torch.manual_seed(options.seed)
     model = build_detector(config.model, initialize_backbone=False).to(device)
@@ -430,7 +415,8 @@ def build_step(options: Options, device: torch.device) -> Step:
     batch = bench_train_step.random_batch(options.step_options)
     if device.type == "cuda":  # as the loader does it
         batch = tree_map(Tensor.pin_memory, batch)
-    return functools.partial(trainer.train_step, [batch] * options.accumulation_steps)
+    micro_batches = [batch] * options.accumulation_steps
+    return lambda: trainer.train_step(on_device(micro_batches, device))
 
 
 def build_published_step(options: Options, device: torch.device) -> Step:

@@ -229,9 +229,16 @@ class DataConfig:
     """Upper bound of the longer image side, in pixels."""
     pad_multiple: int = 64
     """Batches are padded right and bottom to a multiple of this; 1 keeps the exact size."""
+    num_image_buckets: int | None = None
+    """At most this many padded shapes (height, width), chosen for the data set so that little is
+    padded; for `torch.compile` and CUDA graphs. None pads each batch as little as `pad_multiple`
+    allows: some 150 shapes on COCO."""
     target_buckets: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512, 1024)
     """Targets are padded to the smallest of these that holds the batch (beyond: a multiple of the
     last)."""
+    cache: Literal["none", "memory"] = "none"
+    """`memory` keeps decoded images in shared memory (`/dev/shm`), once per machine: 3 bytes per
+    pixel, 100 GB for COCO."""
     num_workers: int = 4
     """Loader processes per rank; 0 loads in the training process."""
 
@@ -250,6 +257,8 @@ class DataConfig:
             raise ValueError(
                 f"crop_min_size ({self.crop_min_size}) exceeds crop_max_size ({self.crop_max_size})"
             )
+        if self.num_image_buckets is not None and self.num_image_buckets < 1:
+            raise ValueError(f"num_image_buckets must be at least 1, got {self.num_image_buckets}")
         if self.num_workers < 0:
             raise ValueError(f"num_workers must not be negative, got {self.num_workers}")
 
@@ -344,6 +353,24 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompileConfig:
+    """Compilation of the training step by torch.compile."""
+
+    mode: Literal["auto", "on", "off"] = "auto"
+    """`auto` compiles on CUDA and not on the CPU. What cannot be compiled is an error; `off` trains
+    without."""
+    warm_up: bool = True
+    """Compile all image buckets before the first step (with `data.num_image_buckets`), instead of
+    each when it is first met."""
+    cuda_graphs: bool = False
+    """Record each bucket's step as a CUDA graph and replay it: no work for the host in between.
+    Needs CUDA."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """From predictions to scored detections."""
 
@@ -379,6 +406,8 @@ class RunConfig:
     """The training loop."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation."""
+    compile: CompileConfig = field(default_factory=CompileConfig)
+    """Compilation."""
     output: Path = Path("runs/msdetr")
     """Run folder: configuration, metrics, checkpoints, results."""
     resume: str | None = None
@@ -399,6 +428,11 @@ class RunConfig:
             raise ValueError(f"seed must not be negative, got {self.seed}")
         if self.resume is not None and self.weights is not None:
             raise ValueError("resume continues a run, weights starts a new one: give one of them")
+        if self.parallel == "fsdp" and self.compile.cuda_graphs:
+            raise ValueError(
+                "compile.cuda_graphs needs parallel ddp: shards are gathered to addresses that "
+                "change, which a graph cannot follow"
+            )
         if self.parallel == "fsdp" and self.optimizer.name == "sgd":
             raise ValueError(
                 "parallel fsdp needs optimizer.name adamw: torch's fused SGD takes no shards"

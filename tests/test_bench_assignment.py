@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -153,6 +155,44 @@ def test_all_agree_on_ragged_images(name: str, task: str) -> None:
     assert what_is_wrong(IMPLEMENTATIONS[name].runs[task](inputs), inputs) is None
 
 
+@pytest.fixture
+def _quick_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Graphs are traced as for Inductor, and then run as they are."""
+    compiler = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", compiler)
+    bench_assignment._compiled.cache_clear()
+    yield
+    bench_assignment._compiled.cache_clear()
+
+
+@pytest.mark.usefixtures("_quick_compiler")
+def test_the_compiled_reference_agrees_and_is_one_graph() -> None:
+    run = IMPLEMENTATIONS["reference_compiled"].runs["one_to_many"]
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for batch in (1, 3):  # more shapes than a function is compiled for
+            inputs = make_inputs(Case("one_to_many", batch, 20, 5))
+            assert what_is_wrong(run(inputs), inputs) is None
+
+
+@pytest.mark.usefixtures("_quick_compiler")
+def test_the_compiled_reference_runs_where_it_is_named() -> None:
+    assert "reference_compiled" not in [x.name for x in choose_implementations(Options(), CPU)]
+    options = Options(
+        tasks=("one_to_many",),
+        batches=(2,),
+        queries=(12,),
+        targets=(3,),
+        implementations=("reference_compiled", "published"),
+        repetitions=2,
+        device="cpu",
+    )
+    (rows,) = bench_assignment.measure(options)
+    assert [row["implementation"] for row in rows] == ["reference_compiled", "published"]
+    assert rows[0]["speedup"] > 0
+    assert rows[0]["launches"] is None
+    assert rows[1]["launches"] > 100
+
+
 def test_the_draw_is_exercised() -> None:
     inputs = make_inputs(Case("one_to_many", 2, 300, 20))
     kept = dense_one_to_many(inputs, "reference").mask.sum((2, 3))
@@ -266,7 +306,16 @@ def test_check_compares_with_what_is_asked(
     monkeypatch.setattr(bench_assignment, "CHECKED", Case("one_to_many", 2, 12, 3))
     monkeypatch.setattr(bench_assignment, "LEAST_SPEEDUP", least)
     assert main(["--check", "--repetitions", "2", "--device", "cpu"]) == status
-    assert ("times as fast, not" in capsys.readouterr().out) == bool(status)
+    printed = capsys.readouterr().out
+    assert ("times as fast, not" in printed) == bool(status)
+    assert "required: one-to-many at batch 2, 12 queries and 3 targets" in printed
+
+
+def test_what_the_check_requires() -> None:
+    assert bench_assignment.LEAST_SPEEDUP == 10.0
+    assert plan(Options(check=True), CPU) == [Case("one_to_many", 16, 300, 7)]
+    names = [found.name for found in choose_implementations(Options(check=True), CPU)]
+    assert names == ["reference", "published"]
 
 
 def test_one_that_is_wrong_is_not_timed(

@@ -190,6 +190,8 @@ REFUSED = [
     (DataConfig, {"target_buckets": (16, 8)}, "target_buckets must ascend"),
     (DataConfig, {"crop_min_size": 700}, r"crop_min_size \(700\) exceeds crop_max_size \(600\)"),
     (DataConfig, {"num_workers": -1}, "num_workers must not be negative"),
+    (DataConfig, {"num_image_buckets": 0}, "num_image_buckets must be at least 1, got 0"),
+    (DataConfig, {"cache": "disk"}, "cache must be"),
     *[
         (OptimizerConfig, {name: -1.0}, f"{name} must be a finite number of at least 0, got -1.0")
         for name in ("lr", "backbone_lr", "weight_decay", "clip_grad_norm", "reference_lr_factor")
@@ -241,7 +243,7 @@ def test_refuses(cls, values, message):
         (ModelConfig, {"one_to_many": "none", "one_to_many_ffn": False, "two_stage": False}),
         (AssignmentConfig, {"positive_fraction": 0.0, "cost_class": 0.0, "cost_giou": 0.0}),
         (OptimizerConfig, {"clip_grad_norm": 0.0, "backbone_lr": 0.0}),
-        (DataConfig, {"num_workers": 0, "pad_multiple": 1}),
+        (DataConfig, {"num_workers": 0, "pad_multiple": 1, "num_image_buckets": 1}),
         (TrainConfig, {"eval_every": 0}),
         (EvalConfig, {"nms_iou_threshold": 0.0}),
     ],

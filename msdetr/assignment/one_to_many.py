@@ -7,7 +7,7 @@ from torch import Tensor
 
 from msdetr.config import AssignmentConfig
 from msdetr.ops.dispatch import Impl
-from msdetr.ops.one_to_many import one_to_many
+from msdetr.ops.one_to_many import one_to_many_with_classes
 from msdetr.structures import Assignment, Predictions, Targets
 
 
@@ -47,7 +47,7 @@ def assign_one_to_many(
     logits, boxes = predictions
     if priority is None:
         priority = torch.rand(logits.shape[:3], device=logits.device, generator=generator)
-    pairs = one_to_many(
+    pairs, best = one_to_many_with_classes(
         logits,
         boxes,
         targets,
@@ -59,43 +59,22 @@ def assign_one_to_many(
         cost_class=config.one_to_many_cost_class,
         impl=impl,
     )
-    num_queries = logits.shape[2]
-    target = _winning_target(pairs.query_index, pairs.score, num_queries)  # [N, B, Q], T: none
     if not config.indices_merge:
-        return Assignment(pairs.query_index, pairs.mask, _classes(target, targets))
+        return Assignment(pairs.query_index, pairs.mask, best.target_class)
     if one_to_one is None:
         raise ValueError("indices_merge needs the one-to-one assignment")
 
-    slots = torch.arange(targets.labels.shape[1], device=target.device)[:, None]
-    wins = pairs.mask & (_of_pairs(target, pairs.query_index) == slots)
-    free = _of_pairs(target, one_to_one.query_index) == len(slots)
-    joins = one_to_one.mask & free
+    num_slots = targets.labels.shape[1]
+    slots = torch.arange(num_slots, device=logits.device)[:, None]
+    wins = pairs.mask & (_of_pairs(best.target, pairs.query_index) == slots)
+    joins = one_to_one.mask & (_of_pairs(best.target, one_to_one.query_index) == num_slots)
     return Assignment(
         torch.cat((pairs.query_index, one_to_one.query_index), dim=-1),
         torch.cat((wins, joins), dim=-1),
-        torch.where(target < len(slots), _classes(target, targets), one_to_one.target_class),
+        torch.where(best.target < num_slots, best.target_class, one_to_one.target_class),
     )
 
 
 def _of_pairs(per_query: Tensor, query_index: Tensor) -> Tensor:
     """Values [N, B, Q] at the queries of pairs [N, B, T, k]."""
     return per_query.gather(2, query_index.flatten(2)).view_as(query_index)
-
-
-def _winning_target(query_index: Tensor, score: Tensor, num_queries: int) -> Tensor:
-    """[N, B, Q], the target of each query's highest score (the lowest of equals), T if none."""
-    num_layers, batch, slots, _ = query_index.shape
-    best = score.new_full((num_layers, batch, num_queries), float("-inf"))
-    best.scatter_reduce_(2, query_index.flatten(2), score.flatten(2), "amax")
-    wins = (score > float("-inf")) & (score == _of_pairs(best, query_index))
-    slot = torch.arange(slots, device=score.device)[:, None].expand_as(query_index)
-    target = query_index.new_full((num_layers, batch, num_queries), slots)
-    return target.scatter_reduce_(
-        2, query_index.flatten(2), slot.masked_fill(~wins, slots).flatten(2), "amin"
-    )
-
-
-def _classes(target: Tensor, targets: Targets) -> Tensor:
-    """[N, B, Q], the class of each query's target, -1 where it has none."""
-    labels = torch.cat((targets.labels, targets.labels.new_full((len(targets.labels), 1), -1)), 1)
-    return labels.expand(len(target), -1, -1).gather(2, target)

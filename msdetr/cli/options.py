@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import NoReturn, TypeVar
@@ -19,6 +20,9 @@ from msdetr.config import RunConfig
 from msdetr.presets import PRESETS
 
 T = TypeVar("T")
+
+_SHORT_OPTION = re.compile(r"^--compile(=.*)?$")
+"""`--compile off` for `--compile.mode off`."""
 
 USAGE_ERROR = 2
 """Exit status of a command whose options or files are wrong."""
@@ -54,7 +58,7 @@ def parse_preset(arguments: Sequence[str], *, prog: str) -> RunConfig:
         preset = PRESETS[name]
         return parse_options(
             RunConfig,
-            arguments[1:],
+            [_SHORT_OPTION.sub(r"--compile.mode\1", argument) for argument in arguments[1:]],
             prog=f"{prog} {name}",
             default=preset.config,
             description=f"Train {preset.description}.",

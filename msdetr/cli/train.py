@@ -18,13 +18,15 @@ logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = "msdetr train") -> int:
-    """Train, and return the exit status: 0, or 1 where a loss or gradient was not finite.
+    """Train, and return the exit status: 0, or 1 where a loss or gradient was not finite or the
+    model could not be compiled.
 
     Options and files that are wrong end the process with status 2.
     """
     config = parse_preset(sys.argv[1:] if arguments is None else arguments, prog=prog)
     let_waiting_threads_sleep()
     # torch takes seconds to import: mistyped options and --help need not wait for it.
+    from msdetr.engine.compile import CompileError
     from msdetr.engine.distributed import worker_from_environment
     from msdetr.engine.finite import NonFiniteError
     from msdetr.engine.run import build_trainer
@@ -36,7 +38,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "msdetr train") 
             trainer = build_trainer(config, worker)
         try:
             trainer.train()
-        except NonFiniteError as error:
+        except (NonFiniteError, CompileError) as error:
             logger.error("error: %s", error)
             return 1
     return 0

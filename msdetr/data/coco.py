@@ -64,8 +64,8 @@ class CocoDataset:
 
     def file_name(self, index: int) -> str:
         """File name of image `index`, as in the annotation file."""
-        begin, end = self.file_name_offsets[index : index + 2].tolist()
-        return bytes(self.file_name_bytes[begin:end].numpy()).decode()
+        begin, end = self.file_name_offsets.numpy()[index : index + 2].tolist()
+        return bytes(self.file_name_bytes.numpy()[begin:end]).decode()
 
     def image_path(self, index: int) -> Path:
         """Path of image `index`.
@@ -81,7 +81,7 @@ class CocoDataset:
 
     def image_size(self, index: int) -> tuple[int, int]:
         """(height, width) of image `index`."""
-        height, width = self.sizes[index].tolist()
+        height, width = self.sizes.numpy()[index].tolist()
         return height, width
 
     def targets(self, index: int) -> tuple[Tensor, Tensor]:
@@ -89,7 +89,7 @@ class CocoDataset:
 
         Both are views: do not write to them.
         """
-        begin, end = self.box_offsets[index : index + 2].tolist()
+        begin, end = self.box_offsets.numpy()[index : index + 2].tolist()
         return self.labels[begin:end], self.boxes[begin:end]
 
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from msdetr.data.buckets import smallest_bucket
 from msdetr.data.dataset import Sample
+from msdetr.data.transforms import Size
 from msdetr.structures import Batch, ImageBatch, Targets
 
 
@@ -18,13 +20,16 @@ from msdetr.structures import Batch, ImageBatch, Targets
 class Collate:
     """Puts samples into a `Batch`: few tensors, of few different shapes.
 
-    Images are padded right and bottom with 0 to a multiple of `pad_multiple` (1: to the largest
-    image of the batch), targets to the smallest of the ascending `target_buckets` that holds the
-    batch, beyond the last to a multiple of it.
+    Images are padded right and bottom with 0 to the first of `image_buckets` that holds the batch;
+    without buckets, or where none holds it, to a multiple of `pad_multiple` (1: to the largest
+    image of the batch). Targets are padded to the smallest of the ascending `target_buckets` that
+    holds the batch, beyond the last to a multiple of it.
     """
 
     pad_multiple: int
     target_buckets: tuple[int, ...]
+    image_buckets: tuple[Size, ...] = ()
+    """(height, width), ascending by area."""
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """The batch of one or more samples."""
@@ -36,15 +41,21 @@ class Collate:
         )
 
     def _images(self, images: list[Tensor]) -> ImageBatch:
-        sizes = torch.tensor([image.shape[1:] for image in images])
-        height, width = (_round_up(side, self.pad_multiple) for side in sizes.amax(dim=0).tolist())
-        pixels = _empty_images(len(images), 3, height, width)
+        sizes = [tuple(image.shape[1:]) for image in images]
+        pixels = _empty_images(len(images), 3, *self._padded_size(sizes))
         for row, image in zip(pixels, images, strict=True):
             _, bottom, right = image.shape
             row[:, :bottom, :right] = image
             row[:, bottom:] = 0
             row[:, :bottom, right:] = 0
-        return ImageBatch(pixels, sizes)
+        return ImageBatch(pixels, torch.tensor(sizes))
+
+    def _padded_size(self, sizes: list[tuple[int, ...]]) -> Size:
+        height, width = map(max, zip(*sizes, strict=True))
+        return smallest_bucket(self.image_buckets, (height, width)) or (
+            _round_up(height, self.pad_multiple),
+            _round_up(width, self.pad_multiple),
+        )
 
     def _targets(self, samples: Sequence[Sample]) -> Targets:
         count = torch.tensor([len(sample.labels) for sample in samples])

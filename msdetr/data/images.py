@@ -6,7 +6,9 @@ policy `ignore` takes the stored pixels (COCO's boxes are drawn on those), `appl
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+import stat
+from pathlib import Path, PurePath
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -52,16 +54,33 @@ def resolve_image_path(folder: Path, file_name: str) -> Path:
             go in a circle.
     """
     check_file_name(file_name)
+    real_folder = os.path.realpath(folder)
+    if not _has_links(real_folder, file_name):
+        return Path(real_folder, file_name)
     try:
-        path = (folder / file_name).resolve()
+        path = Path(real_folder, file_name).resolve()
     except (OSError, RuntimeError) as error:  # links in a circle
         raise ValueError(f"{folder / file_name}: {error}") from error
-    if not path.is_relative_to(folder.resolve()):
+    if not path.is_relative_to(real_folder):
         raise ValueError(
             f"{folder / file_name}: a symbolic link leads out of the image folder, to {path}; "
             "copy the file into the folder"
         )
     return path
+
+
+def _has_links(folder: str, file_name: str) -> bool:
+    """Whether a part of `file_name` below `folder` is a symbolic link. Resolving all of a path for
+    every image would take ten times as long."""
+    path = folder
+    for part in PurePath(file_name).parts:
+        path = f"{path}{os.sep}{part}"
+        try:
+            if stat.S_ISLNK(os.lstat(path).st_mode):
+                return True
+        except OSError:  # It does not exist: nothing to follow.
+            return False
+    return False
 
 
 def exif_orientation(image: Image.Image) -> int:
@@ -124,7 +143,10 @@ def _decode(image: Image.Image, exif: ExifPolicy, max_scale: int) -> DecodedImag
         raise ValueError(f"mode {image.mode!r} has no 8- or 16-bit range; convert it to 8 bits")
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return DecodedImage(image.convert("RGB"), scale)
+    if image.mode != "RGB":  # `convert` would copy it.
+        image = image.convert("RGB")
+    image.load()
+    return DecodedImage(image, scale)
 
 
 def _draft(image: Image.Image, max_scale: int) -> int:

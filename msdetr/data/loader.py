@@ -18,9 +18,18 @@ from msdetr.data.sampler import (
     step_positions,
     steps_per_epoch,
 )
+from msdetr.data.transfer import CollateAndSend
+from msdetr.data.transforms import Size
 from msdetr.structures import Batch
 
-__all__ = ["EpochSamples", "build_eval_loader", "build_train_loader", "steps_per_epoch"]
+__all__ = [
+    "EpochSamples",
+    "build_eval_loader",
+    "build_train_loader",
+    "eval_image_buckets",
+    "steps_per_epoch",
+    "train_image_buckets",
+]
 
 
 class EpochSamples(Dataset[Sample]):
@@ -76,7 +85,8 @@ def build_train_loader(
     for step in steps:
         own = step_positions(step, batch_size=batch_size, rank=rank, world_size=world_size)
         positions += [list(own[begin : begin + share]) for begin in range(0, len(own), share)]
-    return _loader(config, samples, positions)
+    buckets = train_image_buckets(config, dataset, world_size=world_size)
+    return _loader(config, samples, positions, buckets)
 
 
 def build_eval_loader(
@@ -88,11 +98,43 @@ def build_eval_loader(
     indices = list(evaluation_indices(len(dataset), rank=rank, world_size=world_size))
     size = config.eval.batch_size
     batches = [indices[begin : begin + size] for begin in range(0, len(indices), size)]
-    return _loader(config, dataset, batches)
+    return _loader(config, dataset, batches, eval_image_buckets(config, dataset))
+
+
+def train_image_buckets(
+    config: RunConfig, dataset: DetectionDataset, *, world_size: int = 1
+) -> tuple[Size, ...]:
+    """(height, width) of all batches of `build_train_loader`, ascending by area, the same on every
+    rank; empty without `data.num_image_buckets`. With `data.target_buckets`, every shape that
+    training meets (but for images of more targets than the largest of those)."""
+    train = config.train
+    share = rank_batch_size(
+        train.batch_size, world_size=world_size, accumulation_steps=train.accumulation_steps
+    )
+    return _image_buckets(config, dataset, share)
+
+
+def eval_image_buckets(config: RunConfig, dataset: DetectionDataset) -> tuple[Size, ...]:
+    """(height, width) of all batches of `build_eval_loader`, as `train_image_buckets`."""
+    return _image_buckets(config, dataset, config.eval.batch_size)
+
+
+def _image_buckets(
+    config: RunConfig, dataset: DetectionDataset, batch_size: int
+) -> tuple[Size, ...]:
+    data = config.data
+    if data.num_image_buckets is None:
+        return ()
+    return dataset.image_buckets(
+        data.num_image_buckets, batch_size=batch_size, multiple=data.pad_multiple
+    )
 
 
 def _loader(
-    config: RunConfig, dataset: Dataset[Sample], batches: list[list[int]]
+    config: RunConfig,
+    dataset: Dataset[Sample],
+    batches: list[list[int]],
+    image_buckets: tuple[Size, ...],
 ) -> DataLoader[Batch]:
     # DataLoader draws a seed for its workers, which nothing here uses: from a generator of its own,
     # so that it leaves the global one alone. PyTorch gives each worker one thread.
@@ -100,7 +142,9 @@ def _loader(
         dataset,
         batch_sampler=batches,
         num_workers=min(config.data.num_workers, len(batches)),
-        collate_fn=Collate(config.data.pad_multiple, config.data.target_buckets),
+        collate_fn=CollateAndSend(
+            Collate(config.data.pad_multiple, config.data.target_buckets, image_buckets)
+        ),
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(0),
     )

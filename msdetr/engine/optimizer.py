@@ -73,9 +73,18 @@ def check_groups(groups: list[dict[str, Any]], model: nn.Module) -> None:
         )
 
 
-def build_optimizer(model: Detector, config: OptimizerConfig) -> Optimizer:
-    """AdamW, or SGD with momentum; one fused kernel per group on the CPU and on CUDA."""
+def build_optimizer(
+    model: Detector, config: OptimizerConfig, *, rates_on_device: bool = False
+) -> Optimizer:
+    """AdamW, or SGD with momentum; one fused kernel per group on the CPU and on CUDA.
+
+    `rates_on_device` keeps learning rates in tensors, which a CUDA graph reads at each replay.
+    """
     groups = parameter_groups(model, config)
+    if rates_on_device:
+        for group in groups:
+            device = group["params"][0].device
+            group["lr"] = torch.full((), group["base_lr"], device=device)
     options: dict[str, Any] = {"weight_decay": config.weight_decay, "fused": True}
     if config.name == "sgd":
         return SGD(groups, lr=config.lr, momentum=SGD_MOMENTUM, **options)
@@ -101,7 +110,11 @@ def learning_rate_factor(
 def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
     """Set every group's learning rate to `factor` times its base."""
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+        rate = group["base_lr"] * factor
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:

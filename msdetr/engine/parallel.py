@@ -66,9 +66,9 @@ def _shard(model: Detector, worker: Worker) -> nn.Module:
     mesh = init_device_mesh(worker.device.type, (worker.world_size,))
     # It takes contiguous parameters only. Activations stay channels-last.
     model.to(memory_format=torch.contiguous_format)
-    # Each part is gathered while the one before it computes. The rest belongs to the whole. A part
-    # may be compiled in one graph, what contains parts may not: gathering is not traceable.
-    for part in (*model.backbone.stages, *model.encoder.layers, *model.decoder.layers, model):
+    # Each part is gathered while the one before it computes, and compiles into one graph, which
+    # what contains parts does not. The rest belongs to the whole.
+    for part in (model.backbone, *model.encoder.layers, *model.decoder.layers, model):
         fully_shard(part, mesh=mesh, reshard_after_forward=False)
     return model
 

@@ -8,12 +8,19 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from msdetr.config import RunConfig, config_to_dict
-from msdetr.data.dataset import DetectionDataset
-from msdetr.data.loader import build_eval_loader, build_train_loader, steps_per_epoch
+from msdetr.data.collate import Collate
+from msdetr.data.dataset import DetectionDataset, Sample
+from msdetr.data.loader import (
+    build_eval_loader,
+    build_train_loader,
+    steps_per_epoch,
+    train_image_buckets,
+)
 from msdetr.data.sampler import rank_batch_size
+from msdetr.data.transforms import Size
 from msdetr.engine.checkpoint import (
     AVERAGE,
     MODEL,
@@ -23,6 +30,13 @@ from msdetr.engine.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
+from msdetr.engine.compile import (
+    compile_step,
+    eager_code,
+    explain_compile_errors,
+    is_compiled,
+)
+from msdetr.engine.cuda_graphs import StepGraphs
 from msdetr.engine.device import autocast, to_device
 from msdetr.engine.distributed import MeanOverRanks, Worker
 from msdetr.engine.ema import WeightAverage
@@ -39,7 +53,9 @@ from msdetr.engine.optimizer import (
     set_learning_rate,
 )
 from msdetr.engine.parallel import distribute, full_tensor, gathered, gradient_sync
+from msdetr.engine.prefetch import StepInput, prefetch
 from msdetr.engine.seeding import seed_step
+from msdetr.engine.side_stream import SideStream
 from msdetr.evaluation.coco_eval import CocoEvaluator, CocoResult
 from msdetr.losses.criterion import Criterion, LossOutput, add_losses
 from msdetr.model.checkpoint_adapter import check_state
@@ -98,19 +114,33 @@ class Trainer:
         self.schedule_steps = train.epochs * self.steps_per_epoch
         self.last_step = min(self.schedule_steps, train.max_steps or self.schedule_steps)
         self.criterion = Criterion(config.assignment, config.loss)
-        # Before anything takes the parameters, which it may replace.
-        self.distributed_model = distribute(model, worker, config.parallel)
-        self.optimizer = build_optimizer(model, config.optimizer)
+        self.is_compiled = is_compiled(config.compile, worker.device)
+        records = config.compile.cuda_graphs
+        if records and worker.device.type != "cuda":
+            raise ValueError(f"compile.cuda_graphs needs CUDA, this run is on {worker.device}")
+        # Before anything takes the parameters, which it may replace. Graphs average by themselves.
+        self.distributed_model: nn.Module = model
+        if not records:
+            self.distributed_model = distribute(model, worker, config.parallel)
+        if self.is_compiled:
+            compile_step(model, self.criterion)
+        self.optimizer = build_optimizer(model, config.optimizer, rates_on_device=records)
         self.ema: WeightAverage | None = None
         if train.ema_decay is not None:
             self.ema = WeightAverage(
                 model, decay=train.ema_decay, warmup_steps=train.ema_warmup_steps
             )
         self.generator = torch.Generator(worker.device)
+        self.side_stream = SideStream(worker.device)
         self.meter = StepMeter(worker, train.batch_size)
         self.finite = FiniteCheck(worker)
         self.metrics = MetricsWriter(config.output, worker)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self.graphs: StepGraphs | None = None
+        if records:
+            self.graphs = StepGraphs(
+                self.forward_backward, self.update, self._parameters, worker, self.generator
+            )
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of the same model, data and batch size.
@@ -144,6 +174,7 @@ class Trainer:
 
         Raises:
             NonFiniteError: a loss or gradient became NaN or infinite.
+            CompileError: part of the step cannot be compiled.
         """
         if self.step >= self.last_step:
             logger.info(
@@ -155,6 +186,8 @@ class Trainer:
             return None
         result = None
         try:
+            if self.is_compiled and self.config.compile.warm_up:
+                self.warm_up()
             while self.step < self.last_step:
                 self._train_epoch()
                 self.save()
@@ -164,21 +197,36 @@ class Trainer:
             self.metrics.close()
         return result
 
-    def train_step(self, micro_batches: Sequence[Batch]) -> None:
-        """One optimizer step on this rank's micro-batches, on the host. Reads nothing back from a
-        GPU."""
+    def warm_up(self) -> None:
+        """Compile what the run's image buckets need, and record it. All ranks call it; changes
+        nothing else."""
+        buckets = train_image_buckets(
+            self.config, self.train_data, world_size=self.worker.world_size
+        )
+        started = time.perf_counter()
+        for size in buckets:
+            batch = to_device(self._empty_batch(size), self.worker.device)
+            self._run_micro_batch(batch, torch.zeros((), device=self.worker.device))
+            self.optimizer.zero_grad(set_to_none=self.graphs is None)
+        if buckets:
+            seconds = time.perf_counter() - started
+            logger.info("compiled for %d image sizes in %.0f s", len(buckets), seconds)
+
+    def train_step(self, step_input: StepInput) -> None:
+        """One optimizer step on this rank's micro-batches. Reads nothing back from a GPU."""
         step, worker = self.step, self.worker
+        micro_batches = step_input.host
         num_targets = self._mean_num_targets(micro_batches)
         seed_step(self.config.seed, step, worker.rank, self.generator)
         set_learning_rate(self.optimizer, self._learning_rate_factor())
         if self.ema is not None:
             self.ema.set_step(step + 1)
         losses = []
-        for position, batch in enumerate(micro_batches, start=1):
+        for position, batch in enumerate(step_input.device, start=1):
             with gradient_sync(self.distributed_model, enabled=position == len(micro_batches)):
-                losses.append(self.forward_backward(to_device(batch, worker.device), num_targets))
+                losses.append(self._run_micro_batch(batch, num_targets))
         loss, terms = add_losses(losses)
-        grad_norm = self.update()
+        grad_norm = self.update() if self.graphs is None else self.graphs.update()
 
         self.step = step + 1
         image_ids = torch.cat([batch.image_ids for batch in micro_batches])
@@ -193,14 +241,22 @@ class Trainer:
         `num_targets` (0-dim) is the mean over ranks of the targets of all micro-batches.
         """
         device = self.worker.device
+        with self.side_stream.fork():
+            anchors = self.model.anchors(batch.images)
+            encoder_assignment = self.criterion.assign_encoder(anchors, batch.targets)
         with autocast(device, self.config.train.precision):
             output = self.distributed_model(batch.images)
         # Drawn here: what compiles can have no generator.
         priority = torch.rand(
             output.one_to_one.logits.shape[:3], device=device, generator=self.generator
         )
+        self.side_stream.join()
         losses: LossOutput = self.criterion(
-            output, batch.targets, num_targets=num_targets, priority=priority
+            output,
+            batch.targets,
+            encoder_assignment=encoder_assignment,
+            num_targets=num_targets,
+            priority=priority,
         )
         losses.total.backward()
         return LossOutput(losses.total.detach(), losses.terms)
@@ -216,7 +272,7 @@ class Trainer:
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(finite)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=self.graphs is None)
         return grad_norm
 
     def tensors(self) -> dict[str, Tensor]:
@@ -253,7 +309,7 @@ class Trainer:
         config, worker, data = self.config, self.worker, self.val_data
         assert data is not None, "without eval_every there is no validation set"
         started = time.perf_counter()
-        with self.meter.paused(), self._averages_applied(), gathered(self.model):
+        with self.meter.paused(), self._averages_applied(), gathered(self.model), eager_code():
             result = evaluate_detector(
                 self.model,
                 build_eval_loader(config, data, rank=worker.rank, world_size=worker.world_size),
@@ -278,8 +334,8 @@ class Trainer:
     def _train_epoch(self) -> None:
         """Train to the end of the epoch that `step` lies in, or to the last step."""
         every = self.config.train.checkpoint_every
-        for micro_batches in self._micro_batches():
-            self.train_step(micro_batches)
+        for step_input in prefetch(self._micro_batches(), self.worker.device):
+            self.train_step(step_input)
             ends = self.step == self.last_step or self.step % self.steps_per_epoch == 0
             if ends or self.step % self.config.train.log_every == 0:
                 self._log()
@@ -311,6 +367,25 @@ class Trainer:
             micro_batches = [next(batches) for _ in range(self.config.train.accumulation_steps)]
             self.meter.add_wait(time.perf_counter() - started)
             yield micro_batches
+
+    def _run_micro_batch(self, batch: Batch, num_targets: Tensor) -> LossOutput:
+        if self.graphs is not None:
+            return self.graphs.forward_backward(batch, num_targets)
+        with explain_compile_errors():
+            return self.forward_backward(batch, num_targets)
+
+    def _empty_batch(self, size: Size) -> Batch:
+        """A micro-batch of black images without targets."""
+        train = self.config.train
+        count = rank_batch_size(
+            train.batch_size,
+            world_size=self.worker.world_size,
+            accumulation_steps=train.accumulation_steps,
+        )
+        pixels = torch.zeros(3, *size, dtype=torch.uint8)
+        sample = Sample(pixels, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), 0, size)
+        data = self.config.data
+        return Collate(data.pad_multiple, data.target_buckets, (size,))([sample] * count)
 
     def _progress(self) -> Progress:
         return Progress(

@@ -9,12 +9,18 @@ _SMALLEST_AREA = tl.constexpr(1e-30)
 
 
 @triton.jit
-def load_corners(pointer, mask):
-    """(x0, y0, x1, y1) in float32 of boxes (cxcywh) at `pointer`."""
+def load_box(pointer, stride, mask):
+    """(x, y, width, height) in float32 of boxes whose first coordinate is at `pointer`."""
     x = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
-    y = tl.load(pointer + 1, mask=mask, other=0.0).to(tl.float32)
-    width = tl.load(pointer + 2, mask=mask, other=0.0).to(tl.float32)
-    height = tl.load(pointer + 3, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(pointer + stride, mask=mask, other=0.0).to(tl.float32)
+    width = tl.load(pointer + 2 * stride, mask=mask, other=0.0).to(tl.float32)
+    height = tl.load(pointer + 3 * stride, mask=mask, other=0.0).to(tl.float32)
+    return x, y, width, height
+
+
+@triton.jit
+def to_corners(x, y, width, height):
+    """(x0, y0, x1, y1)"""
     return x - 0.5 * width, y - 0.5 * height, x + 0.5 * width, y + 0.5 * height
 
 

@@ -1,11 +1,18 @@
 """Batched rectangular linear assignment: shortest augmenting paths (Jonker and Volgenant, 1987; in
-the rectangular form of Crouse, 2016, which SciPy uses), one program per problem.
+the rectangular form of Crouse, 2016, which SciPy uses), in two launches.
 
-Rows are added one at a time. For each, a shortest path over reduced costs c[i, j] - u[i] - v[j] is
-grown, column by column in order of distance, until it reaches a free column; potentials are updated
-and the path is flipped. A step of the search looks at all columns at once: that is what the threads
-of a program share, in chunks of BLOCK. So a problem costs (steps) x (columns / threads); there are
-as many steps as rows if rows do not compete, and at most rows^2 / 2.
+Rows are the smaller side of a problem: targets, or queries where there are more targets.
+
+1. `best_columns_kernel`: a program per row finds its cheapest column, on the whole GPU.
+2. `linear_assignment_kernel`: a program per problem. A row whose cheapest column no earlier row
+   wants has it; its potential is that cost, those of columns are 0: duals of an optimum so far.
+   (Prices of columns, which square problems start from, would be wrong for columns left free.)
+
+   Rows that are left are added one at a time. For each, a shortest path over reduced costs
+   c[i, j] - u[i] - v[j] is grown, column by column in order of distance, until it reaches a free
+   column; potentials are updated and the path is flipped. A step of the search looks at all columns
+   at once: that is what the threads of a program share, in chunks of BLOCK. A row that is left
+   takes one step at least, and as many as there are rows at most.
 
 State is kept per column, in memory, which the first-level cache holds: `v`, the potential of the
 row that the column is matched with (so that a row is scanned without looking up its potential),
@@ -13,9 +20,8 @@ distance, predecessor, and whether the search has passed. Arithmetic is float64,
 optimum is SciPy's wherever it is unique. A cost that is not finite counts as 1e30. Of equal
 distances a free column goes first, then the one of lowest index.
 
-Problems are ragged: `count` is read by the program, columns and rows beyond are never touched. With
-more rows than columns (more targets than queries) the problem is solved transposed, by a launch of
-its own in which other problems return at once. Nothing is read by the host.
+Problems are ragged: `count` is read by the programs, columns and rows beyond are never touched.
+Every element of the results is written here, and nothing is read by the host.
 """
 
 from __future__ import annotations
@@ -25,208 +31,339 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_FREE = -1
 _MAX_BLOCK = 2048
 _WORST = tl.constexpr(1e30)
+_MATCHED = tl.constexpr(1073741824)
+"""Added to a matched column's number: so it comes after all free ones."""
+_NONE = tl.constexpr(2147483647)
+"""Stands for no row and no column, above any."""
 
 
 @triton.jit
-def _nearest(a_distance, a_key, a_column, b_distance, b_key, b_column):
+def _shape(
+    count_ptr, problem, batch, num_queries, num_targets, stride_cq, stride_ct, TALL: tl.constexpr
+):
+    """Targets, rows and columns of a problem, the strides of both, and whether rows are queries:
+    only TALL launches, of more slots than queries, have such problems."""
+    count = tl.minimum(tl.load(count_ptr + problem % batch).to(tl.int32), num_targets)
+    if TALL:
+        swap = count > num_queries
+        rows = tl.where(swap, num_queries, count)
+        columns = tl.where(swap, count, num_queries)
+        stride_row = tl.where(swap, stride_cq, stride_ct)
+        stride_column = tl.where(swap, stride_ct, stride_cq)
+        return count, rows, columns, stride_row, stride_column, swap
+    else:
+        return count, count, num_queries, stride_ct, stride_cq, False
+
+
+@triton.jit
+def _load_cost(pointer, mask):
+    """Costs in float64; whatever comes in, they are finite: else a search might never end."""
+    cost = tl.load(pointer, mask=mask, other=0.0).to(tl.float64)
+    return tl.where(cost < _WORST, tl.maximum(cost, -_WORST), _WORST)
+
+
+@triton.jit
+def _nearest(a_distance, a_key, b_distance, b_key):
     """The nearer of two columns; of equals, the one of lower key."""
     first = (a_distance < b_distance) | ((a_distance == b_distance) & (a_key <= b_key))
-    return (
-        tl.where(first, a_distance, b_distance),
-        tl.where(first, a_key, b_key),
-        tl.where(first, a_column, b_column),
+    return tl.where(first, a_distance, b_distance), tl.where(first, a_key, b_key)
+
+
+@triton.jit
+def _next_row_left(column_of_row_ptr, after, rows, BLOCK: tl.constexpr):
+    """The first row after `after` that has no column, or one of at least `rows`."""
+    found = tl.full((), _NONE, tl.int32)
+    first = tl.zeros((), tl.int32)
+    while first < rows:
+        row = first + tl.arange(0, BLOCK)
+        column = tl.load(column_of_row_ptr + row, mask=row < rows, other=0)
+        found = tl.minimum(found, tl.min(tl.where((column == _NONE) & (row > after), row, _NONE)))
+        first += BLOCK
+    return found
+
+
+@triton.jit
+def _add_row(
+    new_row,
+    columns,
+    cost_ptr,
+    stride_row,
+    stride_column,
+    v_ptr,
+    potential_ptr,
+    distance_ptr,
+    row_of_column_ptr,
+    previous_ptr,
+    passed_ptr,
+    column_of_row_ptr,
+    BLOCK: tl.constexpr,
+):
+    """Match one row more, on the shortest augmenting path."""
+    lane = tl.arange(0, BLOCK)
+    infinity = tl.full((), float("inf"), tl.float64)
+    row = new_row
+    row_potential = tl.zeros((), tl.float64)
+    travelled = tl.zeros((), tl.float64)
+    end = tl.full((), _NONE, tl.int32)
+    searched = tl.zeros((), tl.int32)  # columns whose distances are of this search
+    while end == _NONE:
+        best_distance = infinity
+        best_key = tl.full((), _NONE, tl.int32)
+        first = tl.zeros((), tl.int32)
+        while first < columns:
+            column = first + lane
+            exists = column < columns
+            passed = tl.load(passed_ptr + column, mask=column < searched, other=0)
+            open_ = exists & (passed == 0)
+            offset = row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
+            cost = _load_cost(cost_ptr + offset, open_)
+            v = tl.load(v_ptr + column, mask=exists, other=0.0)
+            distance = tl.load(distance_ptr + column, mask=column < searched, other=float("inf"))
+            through_row = travelled + (cost - row_potential - v)
+            nearer = open_ & (through_row < distance)
+            distance = tl.where(nearer, through_row, distance)
+            tl.store(distance_ptr + column, distance, mask=nearer)
+            tl.store(previous_ptr + column, lane * 0 + row, mask=nearer)
+            tl.store(passed_ptr + column, lane * 0, mask=exists & (column >= searched))
+            matched = tl.load(row_of_column_ptr + column, mask=exists, other=_NONE) != _NONE
+            key = column + matched.to(tl.int32) * _MATCHED  # free columns first
+            chunk_distance, chunk_key = tl.reduce(
+                (tl.where(open_, distance, infinity), key), 0, _nearest
+            )
+            best_distance, best_key = _nearest(best_distance, best_key, chunk_distance, chunk_key)
+            first += BLOCK
+        searched = columns
+        best_column = best_key & (_MATCHED - 1)
+        tl.debug_barrier()
+        tl.store(passed_ptr + best_column, 1)
+        travelled = best_distance
+        row = tl.load(row_of_column_ptr + best_column)
+        row_potential = tl.load(potential_ptr + best_column, mask=row != _NONE, other=0.0)
+        end = tl.where(row == _NONE, best_column, end)
+        tl.debug_barrier()
+
+    # Potentials of what the search has passed.
+    first = tl.zeros((), tl.int32)
+    while first < columns:
+        column = first + lane
+        exists = column < columns
+        passed = tl.load(passed_ptr + column, mask=exists, other=0) != 0
+        passed = passed & (column != end)
+        change = travelled - tl.load(distance_ptr + column, mask=passed, other=0.0)
+        v = tl.load(v_ptr + column, mask=passed, other=0.0)
+        potential = tl.load(potential_ptr + column, mask=passed, other=0.0)
+        tl.store(v_ptr + column, v - change, mask=passed)
+        tl.store(potential_ptr + column, potential + change, mask=passed)
+        first += BLOCK
+    tl.debug_barrier()
+
+    # Flip the path, from its free end back to the new row.
+    flipping = new_row >= 0
+    while flipping:
+        row = tl.load(previous_ptr + end)
+        is_last = row == new_row
+        before = tl.load(column_of_row_ptr + row, mask=is_last == 0, other=0)
+        moved = tl.load(potential_ptr + before, mask=is_last == 0, other=0.0)
+        tl.debug_barrier()
+        tl.store(row_of_column_ptr + end, row)
+        tl.store(column_of_row_ptr + row, end)
+        tl.store(potential_ptr + end, tl.where(is_last, travelled, moved))
+        tl.debug_barrier()
+        end = before
+        flipping = is_last == 0
+
+
+@triton.jit
+def best_columns_kernel(
+    cost_ptr,  # [P, Q, T]
+    count_ptr,  # [B]
+    links_ptr,  # [P, 3 C + R] int32, see below: the last R are written
+    batch,
+    num_queries,
+    num_targets,
+    num_columns,
+    num_rows,
+    stride_cp,
+    stride_cq,
+    stride_ct,
+    TALL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The cheapest column of a row, the first of equals."""
+    problem = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1)
+    _count, rows, columns, stride_row, stride_column, _swap = _shape(
+        count_ptr, problem, batch, num_queries, num_targets, stride_cq, stride_ct, TALL
     )
+    if row < rows:
+        cost_ptr += problem * stride_cp + row.to(tl.int64) * stride_row
+        lane = tl.arange(0, BLOCK)
+        least = tl.full((BLOCK,), float("inf"), tl.float64)
+        best = tl.zeros((BLOCK,), tl.int32)
+        first = tl.zeros((), tl.int32)
+        while first < columns:
+            column = first + lane
+            exists = column < columns
+            cost = _load_cost(cost_ptr + column.to(tl.int64) * stride_column, exists)
+            less = exists & (cost < least)
+            least = tl.where(less, cost, least)
+            best = tl.where(less, column, best)
+            first += BLOCK
+        _least, best_column = tl.reduce((least, best), 0, _nearest)
+        links_ptr += problem * (3 * num_columns + num_rows) + 3 * num_columns
+        tl.store(links_ptr + row, best_column)
 
 
 @triton.jit
 def linear_assignment_kernel(
     cost_ptr,  # [P, Q, T]
-    count_ptr,  # [P], T' <= T: targets that exist
-    query_ptr,  # [P, T] int64: query of each target, -1: none
+    count_ptr,  # [B], T' <= T: targets that exist
+    labels_ptr,  # [B, T], or None: all targets are of class 0
+    query_ptr,  # [P, T] int64: query of each target, 0: none
+    mask_ptr,  # [P, T] bool: whether it has one
+    class_ptr,  # [P, Q] int64: class of each query's target, -1: none
     state_ptr,  # [P, 3, C] float64: v, potential of the matched row, distance
-    links_ptr,  # [P, 3, C] int32: matched row, predecessor, passed
-    column_of_row_ptr,  # [P, R] int32
+    links_ptr,  # [P, 3 C + R] int32: of columns matched row, predecessor, passed; of rows column
+    batch,
     num_queries,
     num_targets,
-    num_columns,  # C: most columns of a problem of this launch
+    num_columns,  # C: most columns of a problem
     num_rows,  # R: and rows
     stride_cp,
     stride_cq,
     stride_ct,
-    TRANSPOSED: tl.constexpr,  # rows are queries: problems with more targets than queries
+    TALL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Solve the problems whose shape suits TRANSPOSED."""
+    """Solve a problem. Targets of problem p are those of image p % B."""
     problem = tl.program_id(0).to(tl.int64)
-    count = tl.load(count_ptr + problem).to(tl.int32)
-    count = tl.minimum(count, num_targets)
-    if TRANSPOSED:
-        mine = count > num_queries
-        rows = tl.where(mine, num_queries, 0)
-        columns = tl.where(mine, count, 0)
-        stride_row = stride_cq
-        stride_column = stride_ct
-    else:
-        mine = count <= num_queries
-        rows = tl.where(mine, count, 0)
-        columns = tl.where(mine, num_queries, 0)
-        stride_row = stride_ct
-        stride_column = stride_cq
+    count, rows, columns, stride_row, stride_column, rows_are_queries = _shape(
+        count_ptr, problem, batch, num_queries, num_targets, stride_cq, stride_ct, TALL
+    )
     cost_ptr += problem * stride_cp
-    query_ptr += problem * num_targets
     v_ptr = state_ptr + problem * 3 * num_columns
     potential_ptr = v_ptr + num_columns
     distance_ptr = potential_ptr + num_columns
-    row_of_column_ptr = links_ptr + problem * 3 * num_columns
+    row_of_column_ptr = links_ptr + problem * (3 * num_columns + num_rows)
     previous_ptr = row_of_column_ptr + num_columns
     passed_ptr = previous_ptr + num_columns
-    column_of_row_ptr += problem * num_rows
+    column_of_row_ptr = passed_ptr + num_columns  # its best one at first
     lane = tl.arange(0, BLOCK)
-    infinity = tl.full((), float("inf"), tl.float64)
 
     first = tl.zeros((), tl.int32)
     while first < columns:
         column = first + lane
-        exists = column < columns
-        tl.store(v_ptr + column, tl.zeros((BLOCK,), tl.float64), mask=exists)
-        tl.store(row_of_column_ptr + column, lane * 0 - 1, mask=exists)
+        tl.store(v_ptr + column, tl.zeros((BLOCK,), tl.float64), mask=column < columns)
+        tl.store(row_of_column_ptr + column, lane * 0 + _NONE, mask=column < columns)
         first += BLOCK
+    tl.debug_barrier()
 
-    new_row = tl.zeros((), tl.int32)
+    # The first row that wants a column has it.
+    first = tl.zeros((), tl.int32)
+    while first < rows:
+        row = first + lane
+        column = tl.load(column_of_row_ptr + row, mask=row < rows, other=0)
+        tl.atomic_min(row_of_column_ptr + column, row, mask=row < rows, sem="relaxed")
+        first += BLOCK
+    tl.debug_barrier()
+    first = tl.zeros((), tl.int32)
+    while first < rows:
+        row = first + lane
+        column = tl.load(column_of_row_ptr + row, mask=row < rows, other=0)
+        has = tl.load(row_of_column_ptr + column, mask=row < rows, other=_NONE) == row
+        offset = row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
+        tl.store(potential_ptr + column, _load_cost(cost_ptr + offset, has), mask=has)
+        tl.store(column_of_row_ptr + row, _NONE, mask=(row < rows) & ~has)
+        first += BLOCK
+    tl.debug_barrier()
+
+    new_row = tl.full((), -1, tl.int32)
     while new_row < rows:
-        # Distances start at infinity.
-        first = tl.zeros((), tl.int32)
-        while first < columns:
-            column = first + lane
-            exists = column < columns
-            tl.store(distance_ptr + column, tl.zeros((BLOCK,), tl.float64) + infinity, mask=exists)
-            tl.store(passed_ptr + column, lane * 0, mask=exists)
-            first += BLOCK
-        tl.debug_barrier()
+        new_row = _next_row_left(column_of_row_ptr, new_row, rows, BLOCK)
+        if new_row < rows:
+            _add_row(
+                new_row,
+                columns,
+                cost_ptr,
+                stride_row,
+                stride_column,
+                v_ptr,
+                potential_ptr,
+                distance_ptr,
+                row_of_column_ptr,
+                previous_ptr,
+                passed_ptr,
+                column_of_row_ptr,
+                BLOCK,
+            )
 
-        row = new_row
-        row_potential = tl.zeros((), tl.float64)
-        travelled = tl.zeros((), tl.float64)
-        end = tl.full((), -1, tl.int32)
-        while end < 0:
-            best_distance = infinity
-            best_key = tl.full((), 2147483647, tl.int32)
-            best_column = tl.zeros((), tl.int32)
-            first = tl.zeros((), tl.int32)
-            while first < columns:
-                column = first + lane
-                exists = column < columns
-                open_ = exists & (tl.load(passed_ptr + column, mask=exists, other=1) == 0)
-                cost = tl.load(
-                    cost_ptr + row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column,
-                    mask=open_,
-                    other=0.0,
-                ).to(tl.float64)
-                # Whatever comes in, distances stay finite: else the search might never end.
-                cost = tl.where(cost < _WORST, tl.maximum(cost, -_WORST), _WORST)
-                v = tl.load(v_ptr + column, mask=exists, other=0.0)
-                distance = tl.load(distance_ptr + column, mask=exists, other=0.0)
-                through_row = travelled + (cost - row_potential - v)
-                nearer = open_ & (through_row < distance)
-                distance = tl.where(nearer, through_row, distance)
-                tl.store(distance_ptr + column, distance, mask=nearer)
-                tl.store(previous_ptr + column, lane * 0 + row, mask=nearer)
-                matched = tl.load(row_of_column_ptr + column, mask=exists, other=-1) >= 0
-                key = column + matched.to(tl.int32) * 1073741824  # free columns first
-                chunk_distance, chunk_key, chunk_column = tl.reduce(
-                    (tl.where(open_, distance, infinity), key, column), 0, _nearest
-                )
-                best_distance, best_key, best_column = _nearest(
-                    best_distance,
-                    best_key,
-                    best_column,
-                    chunk_distance,
-                    chunk_key,
-                    chunk_column,
-                )
-                first += BLOCK
-            tl.debug_barrier()
-            tl.store(passed_ptr + best_column, 1)
-            travelled = best_distance
-            row = tl.load(row_of_column_ptr + best_column)
-            row_potential = tl.load(potential_ptr + best_column, mask=row >= 0, other=0.0)
-            end = tl.where(row < 0, best_column, end)
-            tl.debug_barrier()
-
-        # Potentials of what the search has passed.
-        first = tl.zeros((), tl.int32)
-        while first < columns:
-            column = first + lane
-            exists = column < columns
-            passed = tl.load(passed_ptr + column, mask=exists, other=0) != 0
-            passed = passed & (column != end)
-            change = travelled - tl.load(distance_ptr + column, mask=passed, other=0.0)
-            v = tl.load(v_ptr + column, mask=passed, other=0.0)
-            potential = tl.load(potential_ptr + column, mask=passed, other=0.0)
-            tl.store(v_ptr + column, v - change, mask=passed)
-            tl.store(potential_ptr + column, potential + change, mask=passed)
-            first += BLOCK
-        tl.debug_barrier()
-
-        # Flip the path, from its free end back to the new row.
-        flipping = new_row >= 0
-        while flipping:
-            row = tl.load(previous_ptr + end)
-            is_last = row == new_row
-            before = tl.load(column_of_row_ptr + row, mask=is_last == 0, other=0)
-            moved = tl.load(potential_ptr + before, mask=is_last == 0, other=0.0)
-            tl.debug_barrier()
-            tl.store(row_of_column_ptr + end, row)
-            tl.store(column_of_row_ptr + row, end)
-            tl.store(potential_ptr + end, tl.where(is_last, travelled, moved))
-            tl.debug_barrier()
-            end = before
-            flipping = is_last == 0
-        new_row += 1
-
+    query_of_target = tl.where(rows_are_queries, 0, 3 * num_columns)
+    target_of_query = 3 * num_columns - query_of_target
     first = tl.zeros((), tl.int32)
-    while first < columns:
-        column = first + lane
-        row = tl.load(row_of_column_ptr + column, mask=column < columns, other=-1)
-        if TRANSPOSED:
-            tl.store(query_ptr + column, row.to(tl.int64), mask=row >= 0)
-        else:
-            tl.store(query_ptr + row, column.to(tl.int64), mask=row >= 0)
+    while first < num_targets:
+        target = first + lane
+        query = tl.load(
+            row_of_column_ptr + query_of_target + target, mask=target < count, other=_NONE
+        )
+        offset = problem * num_targets + target
+        has = query != _NONE
+        tl.store(
+            query_ptr + offset, tl.where(has, query, 0).to(tl.int64), mask=target < num_targets
+        )
+        tl.store(mask_ptr + offset, has, mask=target < num_targets)
+        first += BLOCK
+    first = tl.zeros((), tl.int32)
+    while first < num_queries:
+        query = first + lane
+        exists = query < num_queries
+        target = tl.load(row_of_column_ptr + target_of_query + query, mask=exists, other=_NONE)
+        has = target != _NONE
+        label = tl.zeros((BLOCK,), tl.int64)
+        if labels_ptr is not None:
+            label = tl.load(labels_ptr + problem % batch * num_targets + target, mask=has, other=0)
+        tl.store(class_ptr + problem * num_queries + query, tl.where(has, label, -1), mask=exists)
         first += BLOCK
 
 
-def linear_assignment(cost: Tensor, count: Tensor) -> Tensor:
-    """[P, T] int64, the query of each target, -1 where it has none; cost [P, Q, T], count [P]."""
-    problems, queries, targets = cost.shape
-    query_index = torch.full((problems, targets), _FREE, dtype=torch.int64, device=cost.device)
-    if not cost.numel():
-        return query_index
-    shapes = [(False, queries, min(targets, queries))]
-    if targets > queries:
-        shapes.append((True, targets, queries))
-    for transposed, columns, rows in shapes:
-        block = min(max(triton.next_power_of_2(columns), 32), _MAX_BLOCK)
-        state = torch.empty((problems, 3, columns), dtype=torch.float64, device=cost.device)
-        links = torch.empty((problems, 3, columns), dtype=torch.int32, device=cost.device)
-        column_of_row = torch.empty((problems, rows), dtype=torch.int32, device=cost.device)
-        linear_assignment_kernel[(problems,)](
-            cost,
-            count,
-            query_index,
-            state,
-            links,
-            column_of_row,
-            queries,
-            targets,
-            columns,
-            rows,
-            *cost.stride(),
-            TRANSPOSED=transposed,
-            BLOCK=block,
-            num_warps=max(1, min(block // 128, 8)),
-            enable_fp_fusion=True,
-        )
-    return query_index
+def linear_assignment(
+    cost: Tensor, count: Tensor, labels: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query of each target and whether it has one [N, B, T], class of each query [N, B, Q], -1 for
+    none; from costs [N, B, Q, T], and `count` [B] and `labels` [B, T], contiguous.
+
+    Without labels all targets are of class 0.
+    """
+    layers, batch, queries, targets = cost.shape
+    problems, columns, rows = layers * batch, max(queries, targets), min(queries, targets)
+    cost = cost.flatten(0, 1)
+    query_index = cost.new_empty((layers, batch, targets), dtype=torch.int64)
+    mask = torch.empty_like(query_index, dtype=torch.bool)
+    target_class = cost.new_empty((layers, batch, queries), dtype=torch.int64)
+    state = cost.new_empty((problems, 3, columns), dtype=torch.float64)
+    links = cost.new_empty((problems, 3 * columns + rows), dtype=torch.int32)
+    block = min(max(triton.next_power_of_2(columns), 32), _MAX_BLOCK)
+    sizes = (batch, queries, targets, columns, rows)
+    launch = {
+        "TALL": targets > queries,
+        "BLOCK": block,
+        "num_warps": max(1, min(block // 128, 8)),
+        # Strides known only to the program take registers, which ptxas would spill to save.
+        "maxnreg": 96 if targets > queries else None,
+    }
+    best_columns_kernel[(problems, rows)](cost, count, links, *sizes, *cost.stride(), **launch)
+    linear_assignment_kernel[(problems,)](
+        cost,
+        count,
+        labels,
+        query_index,
+        mask,
+        target_class,
+        state,
+        links,
+        *sizes,
+        *cost.stride(),
+        **launch,
+    )
+    return query_index, mask, target_class

@@ -3,15 +3,20 @@
 1. `score_kernel`: a block of queries of one layer and image against the targets that exist: scores
    [N, B, T, Q], and each query's best target. Of the logits only the classes of present targets
    are read.
-2. `best_queries_kernel`: one target: its k best queries, by k passes over its row of scores.
+2. `best_queries_kernel`: one target: its k best queries, by k passes over its row of scores. The
+   first of them is positive whatever it scores: its best score becomes infinite.
 3. `select_kernel`: one layer and image: which queries are positive, the draw among them by
-   priority where there are too many, how many each target keeps, and with that which of its best
-   queries it takes.
+   priority where there are too many, how many each target keeps, with that which of its best
+   queries it takes, and what each query so taken is to predict.
 
 The draw needs the `limit` lowest priorities of a set: their threshold is found by bisection over
-the 32 bits of the number's ordered integer, each step one count. Arithmetic is float32 without
-fused multiply-add, and quotients are rounded as IEEE asks, so that a score that reaches the
-threshold exactly does so here and in PyTorch alike. Ties go to the lowest index.
+the 32 bits of the number's ordered integer, each step one count. What targets keep is counted, and
+the best pair of a query found, by relaxed integer atomics of one program, whose order cannot
+matter: a pair is a number that holds its score above and its target, negated, below.
+
+Arithmetic is float32 without fused multiply-add, and quotients are rounded as IEEE asks, so that a
+score that reaches the threshold exactly does so here and in PyTorch alike. Ties go to the lowest
+index. Every element of the results is written here.
 """
 
 from __future__ import annotations
@@ -21,9 +26,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msdetr.kernels.box_overlap import intersection_and_union, is_finite, load_corners, quotient
+from msdetr.kernels.box_overlap import (
+    intersection_and_union,
+    is_finite,
+    load_box,
+    quotient,
+    to_corners,
+)
 
 _BLOCK = 128
+_PAIRS = 512
+_NO_PAIR = tl.constexpr(-(2**63))
+_LOW_BITS = tl.constexpr(2147483647)
+
+
+@triton.jit
+def _ordered(x):
+    """int32 numbers that are ordered as float32 ones are."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)  # no negative zero
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -36,22 +57,35 @@ def score_kernel(
     score_ptr,  # [N, B, T, Q] float32
     best_score_ptr,  # [N, B, Q] float32
     best_target_ptr,  # [N, B, Q] int32
+    pair_ptr,  # [N, B, Q] int64, none yet
     batch,
     num_queries,
     num_targets,
     num_classes,
     cost_box,
     cost_class,
+    stride_ln,
+    stride_lb,
+    stride_lq,
+    stride_lk,
+    stride_bn,
+    stride_bb,
+    stride_bq,
+    stride_bc,
     WORST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Scores of pairs, and the best target of each query."""
     query = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     layer_image = tl.program_id(1).to(tl.int64)
+    layer = layer_image // batch
     image = layer_image % batch
     exists = query < num_queries
-    row = layer_image * num_queries + query
-    x0, y0, x1, y1 = load_corners(boxes_ptr + row * 4, exists)
+    wide_query = query.to(tl.int64)
+    logits_ptr += layer * stride_ln + image * stride_lb + wide_query * stride_lq
+    boxes_ptr += layer * stride_bn + image * stride_bb + wide_query * stride_bq
+    x, y, width, height = load_box(boxes_ptr, stride_bc, exists)
+    x0, y0, x1, y1 = to_corners(x, y, width, height)
     # Maxima and minima do not pass NaN on.
     broken = (x0 != x0) | (y0 != y0) | (x1 != x1) | (y1 != y1)
     score_ptr += layer_image * num_targets * num_queries + query
@@ -61,11 +95,12 @@ def score_kernel(
     count = tl.minimum(tl.load(count_ptr + image).to(tl.int32), num_targets)
     while target < count:
         slot = image * num_targets + target
-        tx0, ty0, tx1, ty1 = load_corners(target_boxes_ptr + slot * 4, True)
+        tx, ty, target_width, target_height = load_box(target_boxes_ptr + slot * 4, 1, True)
+        tx0, ty0, tx1, ty1 = to_corners(tx, ty, target_width, target_height)
         intersection, union = intersection_and_union(x0, y0, x1, y1, tx0, ty0, tx1, ty1)
         label = tl.load(labels_ptr + slot)
         label = tl.minimum(tl.maximum(label, 0), num_classes - 1)
-        logit = tl.load(logits_ptr + row * num_classes + label, mask=exists, other=0.0)
+        logit = tl.load(logits_ptr + label * stride_lk, mask=exists, other=0.0)
         probability = tl.div_rn(1.0, 1.0 + tl.exp(-logit.to(tl.float32)))
         score = cost_box * quotient(intersection, union) + cost_class * probability
         score = tl.where(is_finite(score) & (broken == 0), score, WORST)
@@ -74,16 +109,20 @@ def score_kernel(
         best_score = tl.where(better, score, best_score)
         best_target = tl.where(better, target, best_target)
         target += 1
+    row = layer_image * num_queries + query
     tl.store(best_score_ptr + row, best_score, mask=exists)
     tl.store(best_target_ptr + row, best_target, mask=exists)
+    tl.store(pair_ptr + row, tl.full((BLOCK,), _NO_PAIR, tl.int64), mask=exists)
 
 
 @triton.jit
 def best_queries_kernel(
     score_ptr,  # [N, B, T, Q]
+    best_score_ptr,  # [N, B, Q] float32
     count_ptr,  # [B]
     query_ptr,  # [N, B, T, k] int64
     top_score_ptr,  # [N, B, T, k] float32
+    kept_ptr,  # [N, B, T] int32, none yet
     batch,
     num_queries,
     num_targets,
@@ -94,15 +133,18 @@ def best_queries_kernel(
     target = tl.program_id(0)
     layer_image = tl.program_id(1).to(tl.int64)
     count = tl.load(count_ptr + layer_image % batch).to(tl.int32)
+    row = layer_image * num_targets + target
+    tl.store(kept_ptr + row, 0)
     if target < count:
         query = tl.arange(0, BLOCK)
         exists = query < num_queries
-        row = layer_image * num_targets + target
         score = tl.load(score_ptr + row * num_queries + query, mask=exists, other=-float("inf"))
         for place in tl.static_range(K):
             best, index = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
             tl.store(query_ptr + row * K + place, index.to(tl.int64))
             tl.store(top_score_ptr + row * K + place, best)
+            if place == 0:
+                tl.store(best_score_ptr + layer_image * num_queries + index, float("inf"))
             score = tl.where(query == index, -float("inf"), score)
 
 
@@ -110,46 +152,43 @@ def best_queries_kernel(
 def select_kernel(
     best_score_ptr,  # [N, B, Q]
     best_target_ptr,  # [N, B, Q]
-    priority_ptr,  # [N or 1, B, Q]
+    priority_ptr,  # [N, B, Q]
     count_ptr,  # [B]
+    labels_ptr,  # [B, T]
+    kept_ptr,  # [N, B, T] int32, zero
     query_ptr,  # [N, B, T, k] int64, in and out
     top_score_ptr,  # [N, B, T, k] float32, in and out
     mask_ptr,  # [N, B, T, k] bool
+    pair_ptr,  # [N, B, Q] int64: in, no pair; out, the target of the best pair, T if none
+    class_ptr,  # [N, B, Q] int64: the class of that target, -1 if none
     batch,
     num_queries,
     num_targets,
     limit,
     threshold,
-    stride_priority_layer,
+    stride_pn,
+    stride_pb,
+    stride_pq,
     K: tl.constexpr,
     PADDED_K: tl.constexpr,
+    TARGETS: tl.constexpr,  # at a time
     BLOCK: tl.constexpr,  # all queries
 ):
-    """Positive queries, the draw among them, and what each target takes."""
+    """Positive queries, the draw among them, what each target takes and each query predicts."""
     layer_image = tl.program_id(0).to(tl.int64)
+    layer = layer_image // batch
     image = layer_image % batch
     count = tl.minimum(tl.load(count_ptr + image).to(tl.int32), num_targets)
     query = tl.arange(0, BLOCK)
     exists = query < num_queries
-    row = layer_image * num_queries
-    best_score = tl.load(best_score_ptr + row + query, mask=exists, other=-float("inf"))
-    best_target = tl.load(best_target_ptr + row + query, mask=exists, other=-1)
-    query_ptr += layer_image * num_targets * K
-    top_score_ptr += layer_image * num_targets * K
-    mask_ptr += layer_image * num_targets * K
-
-    positive = best_score >= threshold
-    target = tl.zeros((), tl.int32)
-    while target < count:
-        positive = positive | (query == tl.load(query_ptr + target * K))
-        target += 1
-    positive = positive & exists & (count > 0)
+    row = layer_image * num_queries + query
+    best_score = tl.load(best_score_ptr + row, mask=exists, other=-float("inf"))
+    positive = exists & (best_score >= threshold)
 
     if tl.sum(positive.to(tl.int32), 0) > limit:
-        priority_ptr += layer_image // batch * stride_priority_layer + image * num_queries
-        priority = tl.load(priority_ptr + query, mask=exists, other=0.0) + 0.0  # no negative zero
-        bits = priority.to(tl.int32, bitcast=True)
-        key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)  # ordered as the numbers are
+        offset = layer * stride_pn + image * stride_pb + query.to(tl.int64) * stride_pq
+        priority = tl.load(priority_ptr + offset, mask=exists, other=0.0).to(tl.float32)
+        key = _ordered(priority).to(tl.int64)
         low = tl.full((), -2147483648, tl.int64)
         high = tl.full((), 2147483647, tl.int64)
         while low < high:  # the least key that `limit` positives do not exceed
@@ -163,19 +202,36 @@ def select_kernel(
         left = limit - tl.sum(below.to(tl.int32), 0)
         positive = below | (ties & (place <= left))
 
-    place = tl.arange(0, PADDED_K)
-    in_row = place < K
-    target = tl.zeros((), tl.int32)
-    while target < num_targets:
-        kept = tl.sum((positive & (best_target == target)).to(tl.int32), 0)
-        kept = tl.where(target < count, kept, 0)
-        taken = in_row & (place < kept)
-        top = tl.load(query_ptr + target * K + place, mask=taken, other=0)
-        score = tl.load(top_score_ptr + target * K + place, mask=taken, other=-float("inf"))
-        tl.store(query_ptr + target * K + place, top, mask=in_row)
-        tl.store(top_score_ptr + target * K + place, score, mask=in_row)
-        tl.store(mask_ptr + target * K + place, taken, mask=in_row)
-        target += 1
+    kept_ptr += layer_image * num_targets
+    best_target = tl.load(best_target_ptr + row, mask=exists, other=0)
+    positive = positive & (best_target < count)  # none without targets
+    tl.atomic_add(kept_ptr + best_target, 1, mask=positive, sem="relaxed")
+    tl.debug_barrier()
+
+    place = tl.arange(0, PADDED_K)[None, :]
+    first = tl.zeros((), tl.int32)
+    while first < num_targets:
+        target = first + tl.arange(0, TARGETS)[:, None]
+        kept = tl.load(kept_ptr + target, mask=target < count, other=0)
+        stored = (target < num_targets) & (place < K)
+        taken = stored & (place < kept)
+        offset = (layer_image * num_targets + target) * K + place
+        top = tl.load(query_ptr + offset, mask=taken, other=0)
+        score = tl.load(top_score_ptr + offset, mask=taken, other=-float("inf"))
+        tl.store(query_ptr + offset, top, mask=stored)
+        tl.store(top_score_ptr + offset, score, mask=stored)
+        tl.store(mask_ptr + offset, taken, mask=stored)
+        pair = (_ordered(score).to(tl.int64) << 32) | (target ^ _LOW_BITS).to(tl.int64)
+        tl.atomic_max(pair_ptr + layer_image * num_queries + top, pair, mask=taken, sem="relaxed")
+        first += TARGETS
+    tl.debug_barrier()
+
+    pair = tl.load(pair_ptr + row, mask=exists, other=_NO_PAIR)
+    has = pair != _NO_PAIR
+    target = tl.where(has, (pair ^ _LOW_BITS) & _LOW_BITS, num_targets)
+    label = tl.load(labels_ptr + image * num_targets + target, mask=has, other=-1)
+    tl.store(pair_ptr + row, target, mask=exists)
+    tl.store(class_ptr + row, label, mask=exists)
 
 
 def one_to_many(
@@ -192,25 +248,31 @@ def one_to_many(
     cost_box: float,
     cost_class: float,
     worst: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Query [N, B, T, k] int64, mask and score of the pairs; all arguments contiguous.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Query [N, B, T, k] int64, mask and score of the pairs; of each query [N, B, Q] int64 the
+    target of its best pair, T if none, and that target's class, -1 if none.
 
-    `priority` is [N, B, Q] or [B, Q]; `limit` is the most positives of an image.
+    What is of targets is contiguous. `priority` is [N, B, Q] or [B, Q]; `limit` is the most
+    positives of an image.
     """
     layers, batch, queries, classes = logits.shape
     slots = labels.shape[1]
-    device = logits.device
-    query_index = torch.empty(layers, batch, slots, k, dtype=torch.int64, device=device)
-    mask = torch.empty(layers, batch, slots, k, dtype=torch.bool, device=device)
-    top_score = torch.empty(layers, batch, slots, k, dtype=torch.float32, device=device)
-    if not query_index.numel():
-        return query_index, mask, top_score
-    score = torch.empty(layers, batch, slots, queries, dtype=torch.float32, device=device)
-    best_score = torch.empty(layers, batch, queries, dtype=torch.float32, device=device)
-    best_target = torch.empty(layers, batch, queries, dtype=torch.int32, device=device)
+    query_index = logits.new_empty((layers, batch, slots, k), dtype=torch.int64)
+    mask = torch.empty_like(query_index, dtype=torch.bool)
+    top_score = torch.empty_like(query_index, dtype=torch.float32)
+    target = logits.new_empty((layers, batch, queries), dtype=torch.int64)
+    target_class = torch.empty_like(target)
+    if not queries:
+        return query_index, mask, top_score, target, target_class
+    score = logits.new_empty((layers, batch, slots, queries), dtype=torch.float32)
+    best_score = torch.empty_like(target, dtype=torch.float32)
+    best_target = torch.empty_like(target, dtype=torch.int32)
+    kept = logits.new_empty((layers, batch, slots), dtype=torch.int32)
     block = max(triton.next_power_of_2(queries), 32)
     num_warps = max(1, min(block // 128, 16))
+    padded_k = triton.next_power_of_2(k)
     problems = layers * batch
+    sizes = (batch, queries, slots)
     score_kernel[(triton.cdiv(queries, _BLOCK), problems)](
         logits,
         boxes,
@@ -220,12 +282,13 @@ def one_to_many(
         score,
         best_score,
         best_target,
-        batch,
-        queries,
-        slots,
+        target,
+        *sizes,
         classes,
         float(cost_box),
         float(cost_class),
+        *logits.stride(),
+        *boxes.stride(),
         WORST=worst,
         BLOCK=_BLOCK,
         num_warps=4,
@@ -233,35 +296,36 @@ def one_to_many(
     )
     best_queries_kernel[(slots, problems)](
         score,
+        best_score,
         count,
         query_index,
         top_score,
-        batch,
-        queries,
-        slots,
+        kept,
+        *sizes,
         K=k,
         BLOCK=block,
         num_warps=num_warps,
-        enable_fp_fusion=False,
     )
     select_kernel[(problems,)](
         best_score,
         best_target,
         priority,
         count,
+        labels,
+        kept,
         query_index,
         top_score,
         mask,
-        batch,
-        queries,
-        slots,
+        target,
+        target_class,
+        *sizes,
         limit,
         float(threshold),
-        batch * queries if priority.ndim == 3 else 0,
+        *priority.expand(layers, batch, queries).stride(),
         K=k,
-        PADDED_K=triton.next_power_of_2(k),
+        PADDED_K=padded_k,
+        TARGETS=max(_PAIRS // padded_k, 1),
         BLOCK=block,
         num_warps=num_warps,
-        enable_fp_fusion=False,
     )
-    return query_index, mask, top_score
+    return query_index, mask, top_score, target, target_class

@@ -53,11 +53,31 @@ class Criterion(nn.Module):
         self.loss = loss
         self.impl: Impl = impl
 
+    def assign_encoder(self, anchors: Tensor | None, targets: Targets) -> Assignment | None:
+        """The assignment of the encoder's proposals, where it does not depend on predictions.
+
+        For `forward`, before there is an output, and beside what computes it.
+
+        Args:
+            anchors: [B, S, 4] boxes (cxcywh) that proposals start from; None without proposals.
+            targets: T slots per image.
+
+        Returns:
+            An assignment with one place per target. None where proposals are matched by their
+            predictions, or there are none.
+        """
+        config = self.assignment
+        if anchors is None or config.encoder_match != "anchors" or config.encoder_cost_class:
+            return None
+        boxes = anchors[None]
+        return self._match_encoder(boxes, boxes, targets)  # Logits are not read.
+
     def forward(
         self,
         output: DetectorOutput,
         targets: Targets,
         *,
+        encoder_assignment: Assignment | None = None,
         num_targets: Tensor | None = None,
         priority: Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -67,6 +87,8 @@ class Criterion(nn.Module):
         Args:
             output: of a detector in training mode.
             targets: T slots per image; images and whole batches without targets run the same graph.
+            encoder_assignment: from `assign_encoder`, for the same anchors and targets (default:
+                computed here).
             num_targets: 0-dim, mean number of targets per rank (default: of this batch). At least
                 1 is used.
             priority: [N, B, Q] or [B, Q], which one-to-many positives are kept (default: random).
@@ -76,77 +98,104 @@ class Criterion(nn.Module):
             num_targets = targets.count.sum()
         normalizer = num_targets.to(torch.promote_types(output.one_to_one.boxes.dtype, torch.float))
         normalizer = normalizer.clamp(min=1.0)
-        costs, weights = self.assignment, self.loss
+        assignments = self.assign(
+            output,
+            targets,
+            encoder_assignment=encoder_assignment,
+            priority=priority,
+            generator=generator,
+        )
+        weights = self.loss
+        branch_weights = {
+            "one_to_one": (weights.class_weight, weights.bbox_weight, weights.giou_weight),
+            "one_to_many": (
+                weights.one_to_many_class_weight,
+                weights.one_to_many_bbox_weight,
+                weights.one_to_many_giou_weight,
+            ),
+            "encoder": (
+                weights.encoder_class_weight,
+                weights.encoder_bbox_weight,
+                weights.encoder_giou_weight,
+            ),
+        }
+        return _weigh(
+            {
+                name: (
+                    self._terms(predictions, targets, assignments[name], normalizer),
+                    branch_weights[name],
+                )
+                for name, predictions in self._supervised(output).items()
+            }
+        )
 
-        one_to_one = self._supervised_layers(output.one_to_one)
-        assignment = assign_one_to_one(
-            *one_to_one,
+    def assign(
+        self,
+        output: DetectorOutput,
+        targets: Targets,
+        *,
+        encoder_assignment: Assignment | None = None,
+        priority: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Assignment]:
+        """The assignments of all branches of an output: `one_to_one`, `one_to_many`, `encoder`.
+
+        The arguments are those of `forward`.
+        """
+        costs, supervised = self.assignment, self._supervised(output)
+        one_to_one = assign_one_to_one(
+            *supervised["one_to_one"],
             targets,
             cost_class=costs.cost_class,
             cost_bbox=costs.cost_bbox,
             cost_giou=costs.cost_giou,
             impl=self.impl,
         )
-        branches = {
-            "one_to_one": (
-                self._terms(one_to_one, targets, assignment, normalizer),
-                (weights.class_weight, weights.bbox_weight, weights.giou_weight),
-            )
-        }
-        if output.one_to_many is not None:
-            one_to_many = self._supervised_layers(output.one_to_many)
-            assignment = assign_one_to_many(
-                one_to_many,
+        assignments = {"one_to_one": one_to_one}
+        if "one_to_many" in supervised:
+            assignments["one_to_many"] = assign_one_to_many(
+                supervised["one_to_many"],
                 targets,
                 costs,
                 priority=priority,
                 generator=generator,
-                one_to_one=assignment,
+                one_to_one=one_to_one,
                 impl=self.impl,
             )
-            branches["one_to_many"] = (
-                self._terms(one_to_many, targets, assignment, normalizer),
-                (
-                    weights.one_to_many_class_weight,
-                    weights.one_to_many_bbox_weight,
-                    weights.one_to_many_giou_weight,
-                ),
-            )
+        if "encoder" in supervised:
+            proposals, anchors = supervised["encoder"], output.anchors
+            if encoder_assignment is None:
+                assert anchors is not None
+                boxes = anchors[None] if costs.encoder_match == "anchors" else proposals.boxes
+                encoder_assignment = self._match_encoder(proposals.logits, boxes, targets)
+            assignments["encoder"] = encoder_assignment
+        return assignments
+
+    def _supervised(self, output: DetectorOutput) -> dict[str, Predictions]:
+        """The layers of each branch that have losses."""
+        branches = {"one_to_one": output.one_to_one, "one_to_many": output.one_to_many}
+        layers = slice(None) if self.loss.auxiliary else slice(-1, None)
+        supervised = {
+            name: Predictions(branch.logits[layers], branch.boxes[layers])
+            for name, branch in branches.items()
+            if branch is not None
+        }
         if output.encoder is not None:
-            branches["encoder"] = (
-                self._encoder_terms(output, targets, normalizer),
-                (
-                    weights.encoder_class_weight,
-                    weights.encoder_bbox_weight,
-                    weights.encoder_giou_weight,
-                ),
-            )
-        return _weigh(branches)
+            supervised["encoder"] = output.encoder
+        return supervised
 
-    def _supervised_layers(self, predictions: Predictions) -> Predictions:
-        if self.loss.auxiliary:
-            return predictions
-        return Predictions(predictions.logits[-1:], predictions.boxes[-1:])
-
-    def _encoder_terms(
-        self, output: DetectorOutput, targets: Targets, normalizer: Tensor
-    ) -> dict[str, Tensor]:
-        """Encoder losses: targets have one class, "object", which is class 0."""
-        proposals, anchors = output.encoder, output.anchors
-        assert proposals is not None
-        assert anchors is not None
-        targets = targets._replace(labels=torch.zeros_like(targets.labels))
-        match_anchors = self.assignment.encoder_match == "anchors"
-        assignment = assign_one_to_one(
-            proposals.logits,
-            anchors[None] if match_anchors else proposals.boxes,
+    def _match_encoder(self, logits: Tensor, boxes: Tensor, targets: Targets) -> Assignment:
+        """Targets have one class, "object", which is class 0."""
+        return assign_one_to_one(
+            logits,
+            boxes,
             targets,
             cost_class=self.assignment.encoder_cost_class,
             cost_bbox=self.assignment.cost_bbox,
             cost_giou=self.assignment.cost_giou,
+            class_agnostic=True,
             impl=self.impl,
         )
-        return self._terms(proposals, targets, assignment, normalizer)
 
     def _terms(
         self,

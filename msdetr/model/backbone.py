@@ -42,6 +42,7 @@ class ResNetBackbone(nn.Module):
         self.layer1, self.layer2 = _Stage(*resnet.layer1), _Stage(*resnet.layer2)
         self.layer3, self.layer4 = _Stage(*resnet.layer3), _Stage(*resnet.layer4)
         self.channels = (512, 1024, 2048)
+        self.strides = (8, 16, 16) if dilation else (8, 16, 32)
         self.recompute = False
         """Compute the stages again in the backward pass; see `Detector.checkpoint_activations`."""
         for name, parameter in self.named_parameters():
@@ -55,8 +56,8 @@ class ResNetBackbone(nn.Module):
         return self.layer1, self.layer2, self.layer3, self.layer4
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        """[B, 3, H, W] normalised pixels to features of the last three stages, strides 8, 16, 32
-        (16 with dilation)."""
+        """[B, 3, H, W] normalised pixels to features of the last three stages, ceil(H / stride) x
+        ceil(W / stride)."""
         x = pixels.contiguous(memory_format=torch.channels_last)
         x = _conv_norm(x, self.conv1, self.bn1).relu_()
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
@@ -112,6 +113,7 @@ class ConvNetBackbone(nn.Module):
             previous = width
         self.stages = nn.ModuleList(stages)
         self.channels = self.widths[2:]
+        self.strides = (8, 16, 32)
         self.recompute = False
         """Compute the stages again in the backward pass; see `Detector.checkpoint_activations`."""
         self.to(memory_format=torch.channels_last)

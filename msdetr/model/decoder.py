@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -41,20 +43,28 @@ class DecoderLayer(nn.Module):
             )
 
     def forward(
-        self, x: Tensor, query_pos: Tensor, reference_points: Tensor, memory: FeaturePyramid
+        self,
+        x: Tensor,
+        query_pos: Tensor,
+        reference: Tensor,
+        valid_ratios: Tensor,
+        memory: FeaturePyramid,
     ) -> tuple[Tensor, Tensor]:
         """One layer.
 
         Args:
             x: [B, Q, C] queries.
             query_pos: [B, Q, C]
-            reference_points: [B, Q, L, 2 or 4] fractions of the padded maps.
+            reference: [B, Q, 2 or 4] points or boxes, fractions of the valid image.
+            valid_ratios: [B, L, 2], valid share of (width, height) of the padded maps.
             memory: encoded tokens.
 
         Returns:
             [B, Q, C] the layer's output, and [B, Q, C] what one-to-many supervision reads: the
             state after the first attention if it is internal, else the output again.
         """
+        repeats = reference.shape[-1] // 2
+        reference_points = reference[:, :, None] * valid_ratios.repeat(1, 1, repeats)[:, None]
         if self.cross_first:
             first = self._attend_image(x, query_pos, reference_points, memory)
             second = self._attend_queries(first, query_pos)
@@ -85,6 +95,15 @@ class DecoderLayer(nn.Module):
         return output
 
 
+class LayerPredictions(NamedTuple):
+    """What one layer predicts."""
+
+    logits: Tensor
+    """[B, Q, K]"""
+    boxes: Tensor
+    """[B, Q, 4]"""
+
+
 class Decoder(nn.Module):
     """A stack of decoder layers that refines boxes on the way."""
 
@@ -103,46 +122,73 @@ class Decoder(nn.Module):
     ) -> tuple[Predictions, Predictions | None]:
         """Predictions of all layers: one-to-one, and one-to-many in training if configured."""
         ratios = level_valid_ratios(memory.spatial_shapes, memory.valid_sizes)
-        x, reference = queries.content, queries.reference
+        x = queries.content
         # Boxes are predicted from `loss_reference`, equal in value to `reference`, which is cut off
         # from the layers before. Looking forward twice, it is not: a layer's box loss then also
         # trains the refinement one layer earlier.
-        loss_reference = reference
-        one_to_one: list[tuple[Tensor, Tensor]] = []
-        one_to_many: list[tuple[Tensor, Tensor]] = []
+        reference = loss_reference = queries.reference
+        one_to_one: list[LayerPredictions] = []
+        one_to_many: list[LayerPredictions] = []
         for index, layer in enumerate(self.layers):
-            scale = ratios if reference.shape[-1] == 2 else torch.cat((ratios, ratios), dim=-1)
-            reference_points = reference[:, :, None] * scale[:, None]  # [B, Q, L, 2 or 4]
             x, x_one_to_many = call_module(
                 layer,
                 x,
                 queries.query_pos,
-                reference_points,
+                reference,
+                ratios,
                 memory,
                 recompute=self.recompute,
                 has_dropout=self.dropout > 0,
             )
-
-            delta = heads.box_delta(index, x)
-            boxes = refine_boxes(delta, loss_reference)
-            one_to_one.append((heads.class_logits(index, x), boxes))
-            if self.training and self.one_to_many != "none":
-                logits = heads.one_to_many_class_logits(index, x_one_to_many)
-                if self.one_to_many == "internal":
-                    many_boxes = refine_boxes(heads.box_delta(index, x_one_to_many), loss_reference)
-                else:  # Same hidden state, same box head: the same boxes.
-                    many_boxes = boxes
-                one_to_many.append((logits, many_boxes))
-
-            if self.box_refine:
-                if self.look_forward_twice:
-                    loss_reference = refine_boxes(delta, reference)
-                    reference = loss_reference.detach()
-                else:
-                    loss_reference = reference = boxes.detach()
+            one, many, reference, loss_reference = self.predict(
+                *heads.of_layer(index), x, x_one_to_many, reference, loss_reference
+            )
+            one_to_one.append(one)
+            if many is not None:
+                one_to_many.append(many)
         return _stack(one_to_one), _stack(one_to_many) if one_to_many else None
 
+    def predict(
+        self,
+        class_head: nn.Module,
+        box_head: nn.Module,
+        one_to_many_class_head: nn.Module,
+        x: Tensor,
+        x_one_to_many: Tensor,
+        reference: Tensor,
+        loss_reference: Tensor,
+    ) -> tuple[LayerPredictions, LayerPredictions | None, Tensor, Tensor]:
+        """What a layer predicts, and where the next one starts.
 
-def _stack(layers: list[tuple[Tensor, Tensor]]) -> Predictions:
+        Args:
+            class_head, box_head, one_to_many_class_head: of the layer.
+            x: [B, Q, C] the layer's output.
+            x_one_to_many: [B, Q, C] what one-to-many supervision reads.
+            reference: [B, Q, 2 or 4] where the layer started.
+            loss_reference: [B, Q, 2 or 4] the same values, with the gradient of the box losses.
+
+        Returns:
+            One-to-one and one-to-many predictions, and the next layer's `reference` and
+            `loss_reference`.
+        """
+        delta = box_head(x)
+        boxes = refine_boxes(delta, loss_reference)
+        one_to_one = LayerPredictions(class_head(x), boxes)
+        one_to_many: LayerPredictions | None = None
+        if self.training and self.one_to_many != "none":
+            # At the output: same hidden state, same box head, the same boxes.
+            many_boxes = boxes
+            if self.one_to_many == "internal":
+                many_boxes = refine_boxes(box_head(x_one_to_many), loss_reference)
+            one_to_many = LayerPredictions(one_to_many_class_head(x_one_to_many), many_boxes)
+        if not self.box_refine:
+            return one_to_one, one_to_many, reference, loss_reference
+        if self.look_forward_twice:
+            loss_reference = refine_boxes(delta, reference)
+            return one_to_one, one_to_many, loss_reference.detach(), loss_reference
+        return one_to_one, one_to_many, boxes.detach(), boxes.detach()
+
+
+def _stack(layers: list[LayerPredictions]) -> Predictions:
     logits, boxes = zip(*layers, strict=True)
     return Predictions(torch.stack(logits), torch.stack(boxes))

@@ -13,9 +13,9 @@ from msdetr.model.decoder import Decoder
 from msdetr.model.encoder import Encoder
 from msdetr.model.geometry import level_valid_sizes
 from msdetr.model.heads import DetectionHeads
-from msdetr.model.neck import Neck
+from msdetr.model.neck import Neck, level_strides
 from msdetr.model.position_embedding import LearnedPositionEmbedding, SinePositionEmbedding
-from msdetr.model.query_selection import EmbeddedQueries, ProposalQueries
+from msdetr.model.query_selection import EmbeddedQueries, ProposalQueries, proposal_anchors
 from msdetr.structures import DetectorOutput, FeaturePyramid, ImageBatch
 
 # Mean and standard deviation of ImageNet's RGB values, the normalisation of torchvision's weights.
@@ -64,7 +64,8 @@ class Detector(nn.Module):
         Raises:
             ValueError: two-stage, and the images have fewer tokens than there are queries.
         """
-        pyramid, pos = self._extract(images)
+        features = self.backbone(self.normalize(images))
+        pyramid, pos = self.flatten(features, images)
         memory = self.encoder(pyramid, pos)
         queries = self.query_selection(memory, self.heads)
         one_to_one, one_to_many = self.decoder(queries, memory, self.heads)
@@ -80,9 +81,20 @@ class Detector(nn.Module):
         self.encoder.recompute = parts != "none"
         self.decoder.recompute = self.backbone.recompute = parts == "all"
 
-    def _extract(self, images: ImageBatch) -> tuple[FeaturePyramid, Tensor]:
-        """Feature levels and their position codes [B, S, C], flattened."""
-        levels = self.neck(self.backbone(self._normalize(images)))
+    def anchors(self, images: ImageBatch) -> Tensor | None:
+        """[B, S, 4] boxes (cxcywh) that the proposals of these images start from, those of the
+        output in training; None with one stage. A function of sizes alone."""
+        if not self.config.two_stage:
+            return None
+        height, width = padded_size = (images.pixels.shape[2], images.pixels.shape[3])
+        strides = level_strides(self.backbone.strides, self.config.num_levels)
+        spatial_shapes = tuple((-(-height // stride), -(-width // stride)) for stride in strides)
+        valid_sizes = level_valid_sizes(images.sizes, padded_size, spatial_shapes)
+        return proposal_anchors(spatial_shapes, valid_sizes)[0].sigmoid()
+
+    def flatten(self, features: list[Tensor], images: ImageBatch) -> tuple[FeaturePyramid, Tensor]:
+        """Feature levels and their position codes [B, S, C], from the backbone's features."""
+        levels = self.neck(features)
         spatial_shapes = tuple((level.shape[2], level.shape[3]) for level in levels)
         padded_size = (images.pixels.shape[2], images.pixels.shape[3])
         valid_sizes = level_valid_sizes(images.sizes, padded_size, spatial_shapes)
@@ -97,7 +109,8 @@ class Detector(nn.Module):
         )
         return FeaturePyramid(tokens, spatial_shapes, valid_sizes), pos
 
-    def _normalize(self, images: ImageBatch) -> Tensor:
+    def normalize(self, images: ImageBatch) -> Tensor:
+        """The backbone's input [B, 3, H, W]."""
         pixels = images.pixels
         if pixels.is_floating_point():
             return pixels

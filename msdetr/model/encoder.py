@@ -8,7 +8,7 @@ from msdetr.config import ModelConfig
 from msdetr.model.attention import MSDeformAttn
 from msdetr.model.geometry import cell_centers, level_valid_ratios
 from msdetr.model.layers import FeedForward, call_module
-from msdetr.structures import FeaturePyramid
+from msdetr.structures import FeaturePyramid, SpatialShapes
 
 
 class EncoderLayer(nn.Module):
@@ -51,9 +51,7 @@ class Encoder(nn.Module):
 
     def forward(self, pyramid: FeaturePyramid, pos: Tensor) -> FeaturePyramid:
         """Tokens [B, S, C] of `pyramid`, encoded, given position codes `pos` [B, S, C]."""
-        centers = cell_centers(pyramid.spatial_shapes, pyramid.valid_sizes)
-        ratios = level_valid_ratios(pyramid.spatial_shapes, pyramid.valid_sizes)
-        reference_points = centers[:, :, None] * ratios[:, None]  # [B, S, L, 2]
+        reference_points = self.reference_points(pyramid.spatial_shapes, pyramid.valid_sizes)
         for layer in self.layers:
             tokens = call_module(
                 layer,
@@ -65,3 +63,9 @@ class Encoder(nn.Module):
             )
             pyramid = pyramid._replace(tokens=tokens)
         return pyramid
+
+    def reference_points(self, spatial_shapes: SpatialShapes, valid_sizes: Tensor) -> Tensor:
+        """[B, S, L, 2], the centre of each token's cell on every level's padded map."""
+        centers = cell_centers(spatial_shapes, valid_sizes)
+        ratios = level_valid_ratios(spatial_shapes, valid_sizes)
+        return centers[:, :, None] * ratios[:, None]

@@ -51,16 +51,19 @@ class DetectionHeads(nn.Module):
         logits: Tensor = _of_layer(self.class_embed, layer)(hidden_state)
         return logits
 
-    def one_to_many_class_logits(self, layer: int, hidden_state: Tensor) -> Tensor:
-        """[..., C] to class logits [..., K] of the one-to-many branch."""
-        heads = self.one_to_many_class_embed or self.class_embed
-        logits: Tensor = _of_layer(heads, layer)(hidden_state)
-        return logits
-
     def box_delta(self, layer: int, hidden_state: Tensor) -> Tensor:
         """[..., C] to box steps [..., 4] for `refine_boxes`."""
         delta: Tensor = _of_layer(self.bbox_embed, layer)(hidden_state)
         return delta
+
+    def of_layer(self, layer: int) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """Heads of a decoder layer: class, box, and the one-to-many branch's class."""
+        class_head = _of_layer(self.class_embed, layer)
+        if self.one_to_many_class_embed is None:
+            one_to_many_class_head = class_head
+        else:
+            one_to_many_class_head = _of_layer(self.one_to_many_class_embed, layer)
+        return class_head, _of_layer(self.bbox_embed, layer), one_to_many_class_head
 
 
 def _of_layer(heads: nn.ModuleList, layer: int) -> nn.Module:

@@ -9,6 +9,14 @@ from torch import Tensor, nn
 from msdetr.model.backbone import group_norm
 
 
+def level_strides(backbone_strides: Sequence[int], num_levels: int) -> tuple[int, ...]:
+    """Strides of a neck's levels: each has ceil(height / stride) x ceil(width / stride) cells."""
+    strides = list(backbone_strides[-num_levels:])
+    while len(strides) < num_levels:
+        strides.append(2 * strides[-1])
+    return tuple(strides)
+
+
 class Neck(nn.Module):
     """1x1 projections of backbone stages, and strided 3x3 convolutions for coarser levels.
 

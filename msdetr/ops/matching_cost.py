@@ -18,7 +18,7 @@ WORST_COST = 1e6
 
 _LIBRARY = torch.library.Library("msdetr", "FRAGMENT")
 _LIBRARY.define(
-    "matching_cost(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor count, "
+    "matching_cost(Tensor logits, Tensor boxes, Tensor? labels, Tensor target_boxes, Tensor count, "
     "float cost_class, float cost_bbox, float cost_giou) -> Tensor"
 )
 
@@ -31,6 +31,7 @@ def matching_cost(
     cost_class: float,
     cost_bbox: float,
     cost_giou: float,
+    class_agnostic: bool = False,
     impl: Impl = "auto",
 ) -> Tensor:
     """Cost of every prediction for every target of its own image, all layers at once.
@@ -42,6 +43,7 @@ def matching_cost(
         cost_class: weight of the focal class cost; with 0 the logits are not read.
         cost_bbox: weight of the L1 distance.
         cost_giou: weight of the negative GIoU.
+        class_agnostic: all targets are of class 0, whatever their labels.
         impl: see `msdetr.ops.dispatch`.
 
     Returns:
@@ -56,7 +58,14 @@ def matching_cost(
         unsupported = "the kernel computes in float32, got float64 boxes"
     if resolve_impl("matching_cost", impl, boxes.device, unsupported) == "triton":
         cost: Tensor = torch.ops.msdetr.matching_cost(
-            logits.detach(), boxes.detach(), *targets, cost_class, cost_bbox, cost_giou
+            logits.detach(),
+            boxes.detach(),
+            None if class_agnostic else targets.labels,
+            targets.boxes,
+            targets.count,
+            cost_class,
+            cost_bbox,
+            cost_giou,
         )
         return cost.transpose(2, 3)
     boxes = at_least_float32(boxes)
@@ -67,7 +76,8 @@ def matching_cost(
     giou = pairwise_generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
     cost = cost_bbox * l1 - cost_giou * giou
     if cost_class:
-        index = targets.labels[None, :, None].expand(*logits.shape[:3], -1)
+        labels = torch.zeros_like(targets.labels) if class_agnostic else targets.labels
+        index = labels[None, :, None].expand(*logits.shape[:3], -1)
         cost = cost + cost_class * _focal_cost(at_least_float32(logits.gather(3, index)))
     return torch.nan_to_num(cost, nan=WORST_COST, posinf=WORST_COST, neginf=WORST_COST)
 
@@ -82,7 +92,7 @@ def _focal_cost(logits: Tensor) -> Tensor:
 def _kernel(
     logits: Tensor,
     boxes: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     target_boxes: Tensor,
     count: Tensor,
     cost_class: float,
@@ -92,9 +102,9 @@ def _kernel(
     from msdetr.kernels import matching_cost as kernel
 
     return kernel.matching_cost(
-        logits.contiguous(),
-        boxes.contiguous(),
-        labels.contiguous(),
+        logits,
+        boxes,
+        None if labels is None else labels.contiguous(),
         target_boxes.contiguous(),
         count.contiguous(),
         cost_class=cost_class,
@@ -105,9 +115,11 @@ def _kernel(
     )
 
 
-def _fake(logits: Tensor, boxes: Tensor, labels: Tensor, *rest: Any) -> Tensor:
+def _fake(
+    logits: Tensor, boxes: Tensor, labels: Tensor | None, target_boxes: Tensor, *rest: Any
+) -> Tensor:
     layers, batch, queries, _ = boxes.shape
-    return boxes.new_empty((layers, batch, labels.shape[1], queries), dtype=torch.float32)
+    return boxes.new_empty((layers, batch, target_boxes.shape[1], queries), dtype=torch.float32)
 
 
 register_kernel(_LIBRARY, "matching_cost", _kernel)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import msdetr.ops.ms_deform_attn_chunked  # noqa: F401
 from msdetr.ops.dispatch import Impl, resolve_impl
 from msdetr.ops.ms_deform_attn_library import flatten_shapes
 from msdetr.structures import SpatialShapes, spatial_shapes_tensor
@@ -76,7 +77,7 @@ def ms_deform_attn(
             value, flatten_shapes(spatial_shapes), sampling_locations, attention_weights
         )
         return output
-    return _reference(value, spatial_shapes, sampling_locations, attention_weights)
+    return _sample(value, spatial_shapes, sampling_locations, attention_weights, impl)
 
 
 def ms_deform_attn_fused(
@@ -141,7 +142,7 @@ def ms_deform_attn_fused(
             value, flatten_shapes(spatial_shapes), projection, reference_points, valid_sizes
         )
         return output
-    return _fused_reference(value, spatial_shapes, projection, reference_points, valid_sizes)
+    return _fused_reference(value, spatial_shapes, projection, reference_points, valid_sizes, impl)
 
 
 def padding_mask(spatial_shapes: SpatialShapes, valid_sizes: Tensor) -> Tensor:
@@ -161,6 +162,7 @@ def _fused_reference(
     projection: Tensor,
     reference_points: Tensor,
     valid_sizes: Tensor | None,
+    impl: Impl,
 ) -> Tensor:
     heads, levels = value.shape[2], len(spatial_shapes)
     points = projection.shape[2] // (heads * levels * 3)
@@ -180,7 +182,22 @@ def _fused_reference(
     if valid_sizes is not None:
         padding = padding_mask(spatial_shapes, valid_sizes)
         value = value.masked_fill(padding[:, :, None, None], 0.0)
-    return _reference(value, spatial_shapes, locations, weights)
+    return _sample(value, spatial_shapes, locations, weights, impl)
+
+
+def _sample(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    impl: Impl,
+) -> Tensor:
+    if impl == "auto" and value.device.type == "cpu":
+        output: Tensor = torch.ops.msdetr.ms_deform_attn_chunked(
+            value, flatten_shapes(spatial_shapes), sampling_locations, attention_weights
+        )
+        return output
+    return _reference(value, spatial_shapes, sampling_locations, attention_weights)
 
 
 def _reference(

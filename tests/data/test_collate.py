@@ -78,3 +78,15 @@ def test_types_do_not_depend_on_the_content():
 def test_a_multiple_of_one_keeps_the_exact_size():
     batch = Collate(1, BUCKETS)([sample(31, 17, 1), sample(5, 23, 1)])
     assert batch.images.pixels.shape == (2, 3, 31, 23)
+
+
+@pytest.mark.parametrize(
+    ("size", "padded"),
+    [((20, 30), (24, 32)), ((24, 32), (24, 32)), ((30, 20), (40, 24)), ((25, 25), (40, 40)),
+     ((41, 7), (48, 8))],
+)  # fmt: skip
+def test_images_are_padded_to_the_first_bucket_that_holds_them(size, padded):
+    collate = Collate(8, BUCKETS, ((24, 32), (40, 24), (40, 40)))
+    pixels = collate([sample(*size, 1), sample(7, 7, 1)]).images.pixels
+    assert pixels.shape == (2, 3, *padded)
+    assert pixels.count_nonzero() == 3 * (size[0] * size[1] + 49)

@@ -63,7 +63,9 @@ def test_symbolic_links_must_stay_in_the_folder(tmp_path):
     (folder / "escape.jpg").symlink_to(outside / "a.jpg")
     (folder / "escape").symlink_to(outside)
     (folder / "inside.jpg").symlink_to("real.jpg")
-    for name in ("escape.jpg", "escape/a.jpg"):
+    (folder / "sub").mkdir()
+    (folder / "sub" / "escape").symlink_to(outside)
+    for name in ("escape.jpg", "escape/a.jpg", "sub/escape/a.jpg", "sub//./escape/a.jpg"):
         with pytest.raises(ValueError, match="leads out of the image folder"):
             resolve_image_path(folder, name)
     assert resolve_image_path(folder, "inside.jpg") == folder / "real.jpg"
@@ -157,6 +159,7 @@ def test_jpeg_files_are_decoded_smaller(tmp_path, max_scale, scale):
     path = tmp_path / "a.jpg"
     Image.fromarray(corners(101, 163)).save(path)
     image, actual_scale = decode_image(path, expected_size=(101, 163), max_scale=max_scale)
+    assert image.mode == "RGB"
     assert actual_scale == scale
     assert image.size == (-(-163 // scale), -(-101 // scale))
 

@@ -94,6 +94,18 @@ def test_detr_crops_half_of_the_images():
     assert any(g.left + g.width == 640 for g in cropped)
 
 
+def test_draws_do_not_change_between_versions():
+    """A resumed run goes on with the same augmentation."""
+    assert [tuple(geometry) for geometry in draws(DETR, (480, 640), 6)] == [
+        (0, 29, 461, 474, (736, 757), False),
+        (0, 0, 480, 640, (480, 640), False),
+        (2, 60, 460, 462, (672, 674), True),
+        (2, 0, 477, 617, (512, 662), True),
+        (0, 0, 480, 640, (800, 1066), False),
+        (0, 0, 480, 640, (640, 853), False),
+    ]
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 1000))
 def test_any_image_size_gives_a_window_inside(height, width, seed):

@@ -26,6 +26,7 @@ from msdetr.engine.checkpoint import find_checkpoints, load_checkpoint
 from msdetr.engine.distributed import Worker
 from msdetr.engine.finite import FiniteCheck, NonFiniteError
 from msdetr.engine.optimizer import optimizer_state_by_name
+from msdetr.engine.prefetch import StepInput, on_device
 from msdetr.engine.run import build_trainer
 from msdetr.engine.tensor_files import TensorsInMemory
 from msdetr.engine.trainer import Trainer
@@ -35,7 +36,8 @@ from msdetr.model.detector import Detector, build_detector
 from msdetr.structures import Batch, ImageBatch, Targets
 from msdetr.weights import load_weights
 
-WORKER = Worker(device=torch.device("cpu"))
+CPU = torch.device("cpu")
+WORKER = Worker(device=CPU)
 
 
 def train(config: RunConfig) -> tuple[Trainer, CocoResult | None]:
@@ -321,6 +323,23 @@ def test_batch_size_must_fit_the_processes(shapes: Path, tmp_path: Path) -> None
         Trainer(config, model, data, None, worker)
 
 
+def test_the_encoder_is_assigned_once_before_the_forward_pass(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(shapes, tmp_path / "run", train=train_config(max_steps=1))
+    trainer, order = build_trainer(config, WORKER), []
+    match = trainer.criterion._match_encoder
+
+    def matched(*arguments: Any) -> Any:
+        order.append("assignment")
+        return match(*arguments)
+
+    monkeypatch.setattr(trainer.criterion, "_match_encoder", matched)
+    trainer.model.register_forward_hook(lambda *_: order.append("output"))
+    trainer.train()
+    assert order == ["assignment", "output"]
+
+
 def test_same_seed_same_weights(shapes: Path, tmp_path: Path) -> None:
     def weight(seed: int) -> torch.Tensor:
         config = tiny_config(shapes, tmp_path / "run", seed=seed)
@@ -339,14 +358,15 @@ def test_non_finite_step_stops_the_run(
     trainer = build_trainer(config, WORKER)
     real_step, seen = Trainer.train_step, []
 
-    def poisoned_step(self: Trainer, batches: list[Batch]) -> None:
+    def poisoned_step(self: Trainer, step_input: StepInput) -> None:
+        batches = list(step_input.host)
         if self.step == 1:  # the second step
             pixels = batches[0].images.pixels.float() / 255
             pixels[0, 0, 5, 5] = float("nan")
             batches[0] = batches[0]._replace(images=batches[0].images._replace(pixels=pixels))
             seen.extend(image_id for batch in batches for image_id in batch.image_ids.tolist())
             self.weights_before = {k: v.clone() for k, v in self.model.state_dict().items()}
-        real_step(self, batches)
+        real_step(self, on_device(batches, CPU))
 
     monkeypatch.setattr(Trainer, "train_step", poisoned_step)
     with pytest.raises(NonFiniteError) as caught:
@@ -370,18 +390,18 @@ def test_a_bad_step_leaves_the_average_alone(
     trainer = build_trainer(config, WORKER)
     assert trainer.ema is not None
     batches = next(trainer._micro_batches())
-    trainer.train_step(batches)
+    trainer.train_step(on_device(batches, CPU))
     before = {name: average.clone() for name, average in trainer.ema.averages.items()}
     with torch.no_grad():
         trainer.model.level_embed += 1.0  # so that the average would move
     pixels = torch.full(batches[0].images.pixels.shape, torch.nan)
     bad = batches[0]._replace(images=batches[0].images._replace(pixels=pixels))
     with pytest.raises(NonFiniteError):
-        trainer.train_step([bad])
+        trainer.train_step(on_device([bad], CPU))
     for name, average in trainer.ema.averages.items():
         assert torch.equal(average, before[name]), name
     trainer.finite = FiniteCheck(WORKER)
-    trainer.train_step(batches)
+    trainer.train_step(on_device(batches, CPU))
     assert not torch.equal(trainer.ema.averages["level_embed"], before["level_embed"])
 
 

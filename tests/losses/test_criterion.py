@@ -281,6 +281,27 @@ class TestEncoder:
         ]
         assert not torch.equal(*boxes)
 
+    def test_the_assignment_can_come_before_the_output(self):
+        output, targets = random_output()
+        criterion = Criterion(KEEP_ALL, LossConfig())
+        early = criterion.assign_encoder(output.anchors, targets)
+        found = criterion(output, targets, encoder_assignment=early)
+        expected = criterion(output, targets)
+        assert torch.equal(found.total, expected.total)
+        other = criterion.assign_encoder(output.anchors.flip(1), targets)
+        changed = criterion(output, targets, encoder_assignment=other).terms
+        for name, values in expected.terms.items():
+            assert torch.equal(changed[name], values) != name.startswith("encoder"), name
+
+    @pytest.mark.parametrize(
+        "change", [{"encoder_match": "predictions"}, {"encoder_cost_class": 2.0}]
+    )
+    def test_an_assignment_that_depends_on_predictions_cannot(self, change):
+        output, targets = random_output()
+        criterion = Criterion(replace(KEEP_ALL, **change), LossConfig())
+        assert criterion.assign_encoder(output.anchors, targets) is None
+        assert Criterion(KEEP_ALL, LossConfig()).assign_encoder(None, targets) is None
+
 
 def test_costs_reach_the_one_to_one_match():
     output, targets = random_output((5, 4, 6))
@@ -342,7 +363,9 @@ def test_compiles_in_one_graph(request, impl, indices_merge, counts):
     compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)
     priority = torch.rand(LAYERS, len(counts), QUERIES)
     expected, other = criterion(output, targets, priority=priority), copied(output)
-    found = compiled(other, targets, priority=priority)
+    early = criterion.assign_encoder(output.anchors, targets)
+    found = compiled(other, targets, priority=priority, encoder_assignment=early)
+    assert torch.equal(found.total, compiled(other, targets, priority=priority).total)
     torch.testing.assert_close(found.total, expected.total)
     expected.total.backward()
     found.total.backward()

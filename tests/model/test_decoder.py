@@ -8,6 +8,7 @@ from model.helpers import cropped, random_pyramid, randomize, tiny_config
 from torch import Tensor, nn
 
 from msdetr.model.decoder import Decoder, DecoderLayer
+from msdetr.model.geometry import level_valid_ratios
 from msdetr.model.heads import DetectionHeads
 from msdetr.model.query_selection import Queries
 from msdetr.structures import FeaturePyramid, Predictions
@@ -40,8 +41,9 @@ class TestLayer:
             if module is not None:
                 module.register_forward_hook(lambda *_, name=name: order.append(name))
         pyramid, queries = random_pyramid(SHAPES, VALID_SIZES), random_queries()
-        reference = queries.reference[:, :, None].expand(-1, -1, 2, -1)
-        return layer(queries.content, queries.query_pos, reference, pyramid), order
+        ratios = level_valid_ratios(pyramid.spatial_shapes, pyramid.valid_sizes)
+        output = layer(queries.content, queries.query_pos, queries.reference, ratios, pyramid)
+        return output, order
 
     def layer(self, **changes) -> DecoderLayer:
         layer = DecoderLayer(tiny_config(**changes)).double()

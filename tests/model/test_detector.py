@@ -92,6 +92,27 @@ def test_variants(config):
         torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("num_levels", "changes"),
+    [
+        (1, {}),
+        (4, {}),
+        (5, {}),
+        (4, {"backbone": "resnet50"}),
+        (5, {"backbone": "resnet50", "dilation": True}),
+    ],
+)
+def test_anchors_are_known_before_features(num_levels, changes):
+    detector = Detector(tiny_config(num_levels=num_levels, **changes))
+    images = image_batch((75, 98), (50, 61), padded=(75, 98))
+    with torch.no_grad():
+        assert torch.equal(detector.anchors(images), detector(images).anchors)
+
+
+def test_one_stage_has_no_anchors():
+    assert Detector(tiny_config(two_stage=False)).anchors(image_batch()) is None
+
+
 @pytest.mark.parametrize("backbone", ["convnet", "resnet50"])
 def test_a_frozen_backbone_gets_no_gradient(backbone):
     detector = Detector(tiny_config(backbone=backbone, train_backbone=False))

@@ -4,6 +4,7 @@ one-to-many. On a GPU where there is one, else in Triton's interpreter.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from msdetr.ops.linear_assignment import linear_assignment
+from msdetr.assignment.one_to_one import assign_one_to_one
+from msdetr.ops.linear_assignment import linear_assignment, linear_assignment_of_layers
 from msdetr.ops.matching_cost import WORST_COST, matching_cost
-from msdetr.ops.one_to_many import OneToMany, one_to_many
+from msdetr.ops.one_to_many import OneToMany, one_to_many, one_to_many_with_classes
 from msdetr.structures import Targets
 
 pytest.importorskip("triton")
@@ -29,6 +31,15 @@ FEW = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(kernel_device: torch.device) -> Iterator[None]:
+    """Fill what is uninitialised with NaN and large numbers."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1, device=kernel_device).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def moved(scene: Scene, device: torch.device) -> Scene:
@@ -93,6 +104,14 @@ class TestMatchingCost:
         scene = random_scene((3, 2))
         scene.logits.fill_(float("nan"))
         self.check(scene, kernel_device, **COSTS | {"cost_class": 0.0})
+
+    def test_one_class(self, kernel_device):
+        scene = random_scene((3, 2))
+        expected = scene._replace(
+            targets=scene.targets._replace(labels=torch.zeros_like(scene.targets.labels))
+        )
+        expected = self.check(expected, kernel_device, **COSTS)
+        assert torch.equal(self.check(scene, kernel_device, **COSTS, class_agnostic=True), expected)
 
     def test_strided_and_empty(self, kernel_device):
         scene = random_scene((3, 2))
@@ -177,6 +196,51 @@ class TestLinearAssignment:
         cost = cost + 0.01 * torch.rand(2, 24, 20)
         check_assignment(cost, torch.tensor([20, 11]), kernel_device, unique=True)
 
+    @pytest.mark.parametrize(("queries", "slots"), [(7, 4), (4, 7), (5, 5), (3, 0)])
+    @pytest.mark.parametrize("has_labels", [True, False])
+    def test_classes_of_queries(self, kernel_device, queries, slots, has_labels):
+        """Layers share the targets of their images."""
+        cost, labels = torch.rand(3, 2, queries, slots), torch.randint(9, (2, slots))
+        count = torch.tensor([slots, min(slots, 2)])
+        arguments = cost, count, labels if has_labels else None
+        on_device = [x if x is None else x.to(kernel_device) for x in arguments]
+        found = linear_assignment_of_layers(*on_device, impl="triton")
+        expected = linear_assignment_of_layers(*arguments, impl="reference")
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
+        query_index, mask, target_class = expected
+        for layer, image, target in mask.nonzero().tolist():
+            query = query_index[layer, image, target]
+            label = labels[image, target] if has_labels else 0
+            assert target_class[layer, image, query] == label
+        assert (target_class >= 0).sum() == mask.sum()
+
+    def test_cheapest_queries_that_are_contested(self, kernel_device):
+        """Some targets have their cheapest query at once, some search for longer."""
+        cost = torch.rand(4, 40, 16)
+        cost[:, :3] -= 1.0  # three queries that all want
+        cost[2:] = cost[2:].round(decimals=1)
+        check_assignment(cost[:2], torch.tensor([16, 9]), kernel_device, unique=True)
+        check_assignment(cost[2:], torch.tensor([16, 9]), kernel_device, unique=False)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="counts what is interpreted")
+    @pytest.mark.parametrize(("contested", "searches"), [(0, 0), (1, 1), (3, 3)])
+    def test_only_contested_targets_search(self, kernel_device, monkeypatch, contested, searches):
+        from msdetr.kernels import linear_assignment as kernel
+
+        added = []
+        add_row = kernel._add_row
+
+        def counted(row, *rest):
+            added.append(row)
+            add_row(row, *rest)
+
+        monkeypatch.setattr(kernel, "_add_row", counted)
+        cost = torch.rand(1, 12, 8) + 1.0
+        cost[0, range(8), range(8)] = 0.0
+        cost[0, 0, 1 : 1 + contested] = -0.5  # the first query is the cheapest of more targets
+        check_assignment(cost, torch.tensor([8]), kernel_device, unique=True)
+        assert len(added) == searches
+
     def test_large_and_close_costs(self, kernel_device):
         cost = torch.rand(2, 12, 6) * 1e-6 + 1e3
         cost[0, 3] = 1e6
@@ -255,6 +319,17 @@ def tied_scene(seed: int, counts: tuple[int, ...], queries: int) -> Scene:
     return Scene(logits, choose(boxes, 2, len(counts), queries), targets)
 
 
+class TestOneToOne:
+    @pytest.mark.parametrize("class_agnostic", [True, False])
+    @pytest.mark.parametrize("counts", [(3, 0, 5), (14, 2), (0, 0)])
+    def test_equals_the_reference(self, kernel_device, counts, class_agnostic):
+        scene = random_scene(counts)
+        options = {**COSTS, "class_agnostic": class_agnostic}
+        found = assign_one_to_one(*moved(scene, kernel_device), **options, impl="triton")
+        expected = assign_one_to_one(*scene, **options, impl="reference")
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
+
+
 class TestOneToMany:
     @FEW
     @given(
@@ -283,6 +358,26 @@ class TestOneToMany:
             priority = (priority * 2).round() - 1  # negative ones, zeros of both signs
         options = {"k": k, "threshold": threshold, "positive_fraction": positive_fraction}
         check_pairs(scene, priority, kernel_device, **options)
+
+    @FEW
+    @given(
+        seed=st.integers(0, 2**31),
+        counts=st.lists(st.integers(0, 5), min_size=1, max_size=3),
+        queries=st.integers(1, 9),
+        k=st.integers(1, 10),
+    )
+    def test_classes_of_queries(self, kernel_device, seed, counts, queries, k):
+        scene, priority = tied_scene(seed, tuple(counts), queries), torch.rand(len(counts), queries)
+        options = {"k": k, "threshold": 0.15, "positive_fraction": 1.0}
+        found, expected = (
+            one_to_many_with_classes(
+                *moved(scene, device), priority.to(device), **options, impl=impl
+            )
+            for device, impl in ((kernel_device, "triton"), (torch.device("cpu"), "reference"))
+        )
+        for field in ("query_index", "mask"):
+            assert torch.equal(getattr(found[0], field).cpu(), getattr(expected[0], field))
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(found[1], expected[1], strict=True))
 
     @pytest.mark.parametrize(
         ("counts", "queries", "options"),
@@ -352,6 +447,9 @@ class TestOneToMany:
         options = OPTIONS | {"threshold": 0.2, "positive_fraction": 0.3}
         check_pairs(scene, torch.rand(3, 2, 12), kernel_device, **options)
         check_pairs(scene, torch.rand(2, 12).expand(3, -1, -1), kernel_device, **options)
+        priority = torch.rand(12, 3, 2).permute(1, 2, 0)
+        for dtype in (torch.float16, torch.float32, torch.float64):
+            check_pairs(scene, priority.half().to(dtype), kernel_device, **options)
 
     def test_what_the_kernel_does_not_serve_is_refused(self, kernel_device):
         scene = random_scene((3, 2), dtype=torch.float64)
@@ -372,8 +470,9 @@ def test_opcheck(kernel_device, op):
     arguments = {
         "matching_cost": (scene.logits, scene.boxes, *scene.targets, 2.0, 5.0, 2.0),
         "linear_assignment": (
-            torch.rand(2, 6, 4, device=kernel_device),
+            torch.rand(2, 2, 6, 5, device=kernel_device),
             scene.targets.count,
+            scene.targets.labels,
             "triton",
         ),
         "one_to_many": (

@@ -8,6 +8,7 @@ from assignment.scenes import random_scene
 
 from msdetr.ops import dispatch
 from msdetr.ops.dispatch import resolve_impl
+from msdetr.ops.focal_loss import focal_loss
 from msdetr.ops.linear_assignment import linear_assignment
 from msdetr.ops.matching_cost import matching_cost
 from msdetr.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
@@ -28,6 +29,9 @@ def call(op: str, impl: str) -> None:
         linear_assignment(torch.zeros(1, 3, 2), torch.tensor([2]), impl=impl)
     elif op == "matching_cost":
         matching_cost(*scene, cost_class=1.0, cost_bbox=1.0, cost_giou=1.0, impl=impl)
+    elif op == "focal_loss":
+        background = torch.full((1, 1, 2), -1)
+        focal_loss(torch.zeros(1, 1, 2, 3), background, alpha=0.25, gamma=2.0, impl=impl)
     else:
         priority = torch.zeros(1, 12)
         one_to_many(*scene, priority, k=1, threshold=0.5, positive_fraction=1.0, impl=impl)
@@ -41,6 +45,7 @@ every_op = pytest.mark.parametrize(
         "linear_assignment",
         "matching_cost",
         "one_to_many",
+        "focal_loss",
     ],
 )
 

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from msdetr.boxes import box_iou, cxcywh_to_xyxy
+from msdetr.ops import one_to_many as module
 from msdetr.ops.one_to_many import OneToMany, one_to_many
 from msdetr.structures import Targets
 
@@ -352,3 +354,57 @@ def test_best_first():
     pairs = one_to_many(*scene, torch.rand(1, 30), **OPTIONS | {"k": 6, "threshold": 0.0})
     assert (pairs.score.diff(dim=-1)[pairs.mask[..., 1:]] <= 0).all()
     assert pairs.mask.sum() > 5
+
+
+@pytest.mark.parametrize("queries", [12, 16])
+def test_chunks_do_not_matter(queries, monkeypatch):
+    scene = random_scene((4, 0, 7, 2, 1), layers=7, queries=queries)
+    priority = torch.rand(7, 5, queries)
+    whole = one_to_many(*scene, priority, **OPTIONS)
+    monkeypatch.setattr(module, "_CHUNK_PAIRS", 1)
+    number = len(module._chunks(35, scene.targets.mask.shape[1] * queries, torch.device("cpu")))
+    assert number > 1
+    assert_same(one_to_many(*scene, priority, **OPTIONS), whole)
+
+
+@pytest.mark.parametrize("queries", [1, 7, 30, 36])
+def test_top_k_is_a_stable_sort(queries):
+    score = torch.randint(3, (3, 5, queries)).float()
+    score[0, 0] = -math.inf
+    k = min(queries, 6)
+    expected = score.sort(dim=2, descending=True, stable=True)
+    values, indices = module._top_k_(score.clone(), k)
+    finite = values > -math.inf
+    assert torch.equal(values, expected.values[..., :k])
+    assert torch.equal(indices[finite], expected.indices[..., :k][finite])
+
+
+def test_first_max_is_that_of_torch():
+    score = torch.randint(3, (4, 7, 11)).float()
+    score[0] = -math.inf
+    assert all(map(torch.equal, module._first_max(score), score.max(dim=1)))
+
+
+@pytest.mark.parametrize("limit", [0, 1, 5, 11, 20])
+def test_the_lowest_are_those_of_a_stable_sort(limit):
+    priority, among = torch.randint(4, (40, 11)).float(), torch.rand(40, 11) < 0.6
+    order = priority.masked_fill(~among, math.inf).argsort(dim=1, stable=True)
+    expected = torch.zeros_like(among).scatter_(1, order[:, :limit], True) & among
+    assert torch.equal(module._lowest(priority, among, limit) & among, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_iou_is_that_of_boxes(dtype):
+    """Bit by bit, also for boxes that are tiny, inverted, huge or not finite."""
+    inf, nan = math.inf, math.nan
+    values = [0.5, 0.0, -0.3, 1e-16, 1e-8, 3e38, inf, -inf, nan]
+    odd = torch.cartesian_prod(*[torch.tensor(values, dtype=dtype)] * 4)
+    boxes = torch.cat((random_scene((3,), queries=40, dtype=dtype).boxes[0, 0], odd))[None]
+    usual = random_scene((3,), dtype=dtype).targets.boxes
+    targets = torch.cat((usual, torch.tensor([[[0.5, 0.5, 1e-16, 1e-16]]], dtype=dtype)), dim=1)
+    found = module._iou(
+        module._corners_and_area(boxes)[:, :, None],
+        module._corners_and_area(targets)[..., None],
+    )
+    expected = box_iou(cxcywh_to_xyxy(boxes)[:, None], cxcywh_to_xyxy(targets)[:, :, None])
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
