@@ -14,6 +14,7 @@ import torch
 
 from msdetr.config import (
     AssignmentConfig,
+    CompileConfig,
     DataConfig,
     EvalConfig,
     LossConfig,
@@ -205,6 +206,14 @@ REFUSED = [
         for decay in (0.0, 1.0, -0.1, float("nan"))
     ],
     (TrainConfig, {"ema_warmup_steps": -1}, "ema_warmup_steps must be a finite number"),
+    (
+        RunConfig,
+        {
+            "compile": CompileConfig(cuda_graphs=True),
+            "train": TrainConfig(activation_checkpointing="encoder"),
+        },
+        r"needs model\.dropout 0",
+    ),
     (
         RunConfig,
         {"parallel": "fsdp", "optimizer": OptimizerConfig(name="sgd")},

@@ -72,10 +72,11 @@ def train_run(worker: Worker, config: RunConfig) -> dict[str, Any]:
     real_step, real_update = trainer.train_step, trainer.update
     initial = whole(trainer.tensors())
 
-    def recorded_step(batches: Any) -> None:
+    def recorded_step(step_input: Any) -> None:
+        batches = step_input.host
         image_ids.append([i for batch in batches for i in batch.image_ids.tolist()])
         targets.append([int(batch.targets.count.sum()) for batch in batches])
-        real_step(batches)
+        real_step(step_input)
 
     def recorded_update() -> Tensor:
         if not gradients:
