@@ -328,7 +328,11 @@ class Options:
     preset: str = "ms-detr-r50-300"
     """Recipe, by name."""
     batch: int = 2
-    """Images of the step."""
+    """Images of a micro-batch."""
+    accumulation_steps: int = 1
+    """Micro-batches of the step."""
+    activation_checkpointing: Literal["none", "encoder", "all"] = "none"
+    """What is computed again in the backward pass."""
     height: int = 128
     """Image height in pixels."""
     width: int = 160
@@ -387,17 +391,23 @@ class _NoImages:
 
 
 def build_step(options: Options, device: torch.device) -> Step:
-    """A step of the trainer, on a batch of the host."""
+    """A step of the trainer that averages its weights, on batches of the host."""
     config: RunConfig = options.step_options.config
     config = replace(
         config,
         seed=options.seed,
-        train=replace(config.train, batch_size=options.batch),
+        train=replace(
+            config.train,
+            batch_size=options.batch * options.accumulation_steps,
+            accumulation_steps=options.accumulation_steps,
+            activation_checkpointing=options.activation_checkpointing,
+            ema_decay=0.9999,
+        ),
         compile=CompileConfig(mode="off"),
     )
     torch.manual_seed(options.seed)
     model = build_detector(config.model, initialize_backbone=False).to(device)
-    data = cast(DetectionDataset, _NoImages(options.batch))
+    data = cast(DetectionDataset, _NoImages(config.train.batch_size))
     trainer = Trainer(config, model, data, None, Worker(device=device))
     trainer.criterion.impl = options.impl
     if _is_pretended(device) and options.impl == "auto":
@@ -405,7 +415,8 @@ def build_step(options: Options, device: torch.device) -> Step:
     batch = bench_train_step.random_batch(options.step_options)
     if device.type == "cuda":  # as the loader does it
         batch = tree_map(Tensor.pin_memory, batch)
-    return lambda: trainer.train_step(on_device([batch], device))
+    micro_batches = [batch] * options.accumulation_steps
+    return lambda: trainer.train_step(on_device(micro_batches, device))
 
 
 def build_published_step(options: Options, device: torch.device) -> Step:

@@ -435,6 +435,12 @@ class RunConfig:
                 "compile.cuda_graphs needs parallel ddp: shards are gathered to addresses that "
                 "change, which a graph cannot follow"
             )
+        recomputes = self.train.activation_checkpointing != "none"
+        if self.compile.cuda_graphs and recomputes and self.model.dropout > 0:
+            raise ValueError(
+                "compile.cuda_graphs with train.activation_checkpointing needs model.dropout 0: "
+                "the state of the random generator cannot be read while a graph is recorded"
+            )
         if self.parallel == "fsdp" and self.optimizer.name == "sgd":
             raise ValueError(
                 "parallel fsdp needs optimizer.name adamw: torch's fused SGD takes no shards"

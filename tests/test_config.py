@@ -14,6 +14,7 @@ import torch
 
 from msdetr.config import (
     AssignmentConfig,
+    CompileConfig,
     DataConfig,
     EvalConfig,
     LossConfig,
@@ -198,6 +199,26 @@ REFUSED = [
     ],
     (OptimizerConfig, {"lr_drop_epoch": 0}, "lr_drop_epoch must be at least 1"),
     (OptimizerConfig, {"warmup_steps": -1}, "warmup_steps must not be negative"),
+    (TrainConfig, {"accumulation_steps": 0}, "accumulation_steps must be at least 1"),
+    (TrainConfig, {"accumulation_steps": 3}, r"batch_size \(16\).*accumulation_steps \(3\)"),
+    *[
+        (TrainConfig, {"ema_decay": decay}, r"ema_decay must be in \(0, 1\)")
+        for decay in (0.0, 1.0, -0.1, float("nan"))
+    ],
+    (TrainConfig, {"ema_warmup_steps": -1}, "ema_warmup_steps must be a finite number"),
+    (
+        RunConfig,
+        {
+            "compile": CompileConfig(cuda_graphs=True),
+            "train": TrainConfig(activation_checkpointing="encoder"),
+        },
+        r"needs model\.dropout 0",
+    ),
+    (
+        RunConfig,
+        {"parallel": "fsdp", "optimizer": OptimizerConfig(name="sgd")},
+        "needs optimizer.name adamw",
+    ),
     *[
         (TrainConfig, {name: 0}, f"{name} must be at least 1")
         for name in (

@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 COMPILED_IMAGE_BUCKETS = 16
-"""Padded shapes of a compiled run that does not say: each takes time to compile, and each more saves
-padding (`benchmarks.image_buckets`)."""
+"""Padded shapes of a compiled run that does not say: each takes time to compile, and more of them
+save padding (`benchmarks.image_buckets`)."""
 
 
 def build_trainer(config: RunConfig, worker: Worker) -> Trainer:

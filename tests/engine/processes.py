@@ -126,8 +126,11 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def loaded_tensors(worker: Worker, config: RunConfig) -> dict[str, Tensor]:
-    """What a run has that goes on from a checkpoint, before it goes on."""
-    return whole(build_trainer(config, worker).tensors())
+    """What a run has that goes on from a checkpoint, before it goes on. An evaluation changes none
+    of it."""
+    trainer = build_trainer(config, worker)
+    trainer.evaluate()
+    return whole(trainer.tensors())
 
 
 @dataclass(frozen=True)

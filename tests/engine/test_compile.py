@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from assignment.scenes import padded_targets, random_boxes
+from engine.helpers import deterministic_config
 from model.helpers import image_batch, tiny_config
 from torch import Tensor, nn
 
@@ -96,7 +97,7 @@ def run(
     return Step(losses.total.detach(), losses.terms, gradients)
 
 
-BANDS = {torch.float32: (1e-5, 1e-3), torch.bfloat16: (1e-2, 0.2)}
+BANDS = {torch.float32: (1e-5, 1e-3), torch.bfloat16: (1e-2, 0.25)}
 """How far compiled code may be from eager code: the loss, relative; each gradient, relative to its
 norm. In bfloat16 both are as far from float32: compiled code rounds less often."""
 
