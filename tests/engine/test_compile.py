@@ -110,8 +110,8 @@ def assert_close(actual: Step, expected: Step) -> None:
 
 
 def assert_as_close(actual: Step, other: Step, exact: Step) -> None:
-    """In bfloat16, losses agree to 1e-2 with those in float32, and the gradient is about as far from
-    that in float32 as `other`'s: as a whole at most 1.2 times, of a parameter 4 times."""
+    """In bfloat16, losses agree to 1e-2 with those in float32, and the gradient is about as far
+    from that in float32 as `other`'s: as a whole at most 1.2 times, of a parameter 4 times."""
     torch.testing.assert_close(actual.total, exact.total, rtol=1e-2, atol=0.0)
 
     def distances(step: Step) -> dict[str, Tensor]:
