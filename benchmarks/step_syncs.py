@@ -53,6 +53,7 @@ from msdetr.engine.distributed import Worker
 from msdetr.engine.prefetch import on_device
 from msdetr.engine.trainer import Trainer
 from msdetr.model.detector import build_detector
+from msdetr.structures import Batch
 
 Step = Callable[[], object]
 
@@ -416,7 +417,11 @@ def build_step(options: Options, device: torch.device) -> Step:
     if device.type == "cuda":  # as the loader does it
         batch = tree_map(Tensor.pin_memory, batch)
     micro_batches = [batch] * options.accumulation_steps
-    return lambda: trainer.train_step(on_device(micro_batches, device))
+    return functools.partial(_take_step, trainer, micro_batches)
+
+
+def _take_step(trainer: Trainer, micro_batches: Sequence[Batch]) -> None:
+    trainer.train_step(on_device(micro_batches, trainer.worker.device))
 
 
 def build_published_step(options: Options, device: torch.device) -> Step:
