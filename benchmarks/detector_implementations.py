@@ -1,7 +1,7 @@
 """The implementations of a whole detector that are measured against each other.
 
-- `eager-reference`: ours, every op in PyTorch.
-- `eager`: ours as written: Triton's kernels on a GPU, on a CPU what `auto` takes there.
+- `eager-reference`: ours, every op by its plain PyTorch reference.
+- `eager`: ours as written: Triton's kernels on a GPU, attention in chunks on a CPU.
 - `compiled`: ours with its parts compiled by `torch.compile`.
 - `compiled-graphs`: those recorded as CUDA graphs.
 - `published`: the published code, in float32, on the PyTorch attention that it ships for tests.
@@ -27,7 +27,7 @@ Implementation = Literal[
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 COMPILED: tuple[Implementation, ...] = ("compiled", "compiled-graphs")
 ON_CPU: tuple[Implementation, ...] = ("eager", "compiled", "published")
-"""What runs on a CPU if nothing is named: the reference is what `eager` is there."""
+"""What runs on a CPU if nothing is named."""
 ON_CUDA: tuple[Implementation, ...] = (
     "compiled-graphs",
     "compiled",

@@ -25,7 +25,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, cast
@@ -51,6 +51,8 @@ from benchmarks.train_steps import PublishedStep, build_trainer
 from msdetr.cli.options import parse_options, user_errors
 from msdetr.config import CompileConfig
 from msdetr.engine.prefetch import on_device
+from msdetr.engine.trainer import Trainer
+from msdetr.structures import Batch
 
 Step = Callable[[], object]
 
@@ -326,7 +328,11 @@ class Options:
     preset: str = "ms-detr-r50-300"
     """Recipe, by name."""
     batch: int = 2
-    """Images of the step."""
+    """Images of a micro-batch."""
+    accumulation_steps: int = 1
+    """Micro-batches of the step."""
+    activation_checkpointing: Literal["none", "encoder", "all"] = "none"
+    """What is computed again in the backward pass."""
     height: int = 128
     """Image height in pixels."""
     width: int = 160
@@ -374,15 +380,32 @@ class Options:
 
 
 def build_step(options: Options, device: torch.device) -> Step:
-    """A step of the trainer, on a batch of the host."""
-    trainer = build_trainer(options.case, device, compiling=CompileConfig(mode="off"))
+    """A step of the trainer that averages its weights, on batches of the host."""
+    config = options.case.config
+    config = replace(
+        config,
+        train=replace(
+            config.train,
+            batch_size=options.batch * options.accumulation_steps,
+            accumulation_steps=options.accumulation_steps,
+            activation_checkpointing=options.activation_checkpointing,
+            ema_decay=0.9999,
+        ),
+        compile=CompileConfig(mode="off"),
+    )
+    trainer = build_trainer(config, device)
     trainer.criterion.impl = options.impl
     if _is_pretended(device) and options.impl == "auto":
         trainer.criterion.impl = "triton"
     batch = random_batch(options.case)
     if device.type == "cuda":  # as the loader does it
         batch = tree_map(Tensor.pin_memory, batch)
-    return lambda: trainer.train_step(on_device([batch], device))
+    micro_batches = [batch] * options.accumulation_steps
+    return functools.partial(_take_step, trainer, micro_batches)
+
+
+def _take_step(trainer: Trainer, micro_batches: Sequence[Batch]) -> None:
+    trainer.train_step(on_device(micro_batches, trainer.worker.device))
 
 
 def build_published_step(options: Options, device: torch.device) -> Step:

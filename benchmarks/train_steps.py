@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import PhaseTimer
 from benchmarks.comparison import Durations, Setup, Subject
-from benchmarks.detector_cases import Case, random_batch
+from benchmarks.detector_cases import random_batch
 from benchmarks.detector_implementations import COMPILED
 from benchmarks.hugging_face import build_hugging_face, hugging_face_images
 from benchmarks.published_code import (
@@ -28,7 +28,7 @@ from benchmarks.published_code import (
     published_groups,
     published_images,
 )
-from msdetr.config import CompileConfig
+from msdetr.config import CompileConfig, RunConfig
 from msdetr.data.dataset import DetectionDataset
 from msdetr.engine.compile import explain_compile_errors
 from msdetr.engine.device import autocast, to_device
@@ -90,21 +90,12 @@ class _NoImages:
         return self._length
 
 
-def build_trainer(
-    case: Case, device: torch.device, *, impl: Impl = "auto", compiling: CompileConfig
-) -> Trainer:
-    """A trainer of the case's recipe, with weights of its seed and without data.
-
-    `impl` is that of attention, assignment and losses.
-    """
-    config = replace(case.config, compile=compiling)
-    torch.manual_seed(case.seed)
+def build_trainer(config: RunConfig, device: torch.device) -> Trainer:
+    """A trainer with initial weights of its seed, and without data."""
+    torch.manual_seed(config.seed)
     model = build_detector(config.model, initialize_backbone=False).to(device)
-    choose_attention(model, impl)
-    data = cast(DetectionDataset, _NoImages(case.batch))
-    trainer = Trainer(config, model, data, None, Worker(device=device))
-    trainer.criterion.impl = impl
-    return trainer
+    data = cast(DetectionDataset, _NoImages(config.train.batch_size))
+    return Trainer(config, model, data, None, Worker(device=device))
 
 
 def choose_attention(model: Detector, impl: Impl) -> None:
@@ -136,9 +127,9 @@ class OurStep(TrainStep):
             mode="on" if compiles else "off",
             cuda_graphs=setup.implementation == "compiled-graphs",
         )
-        self.trainer = build_trainer(
-            setup.case, setup.device, impl=impl_of(setup.implementation), compiling=compiling
-        )
+        self.trainer = build_trainer(replace(setup.case.config, compile=compiling), setup.device)
+        self.trainer.criterion.impl = impl = impl_of(setup.implementation)
+        choose_attention(self.trainer.model, impl)
         self.model = self.trainer.model
         load_published_weights(self.trainer.model, setup)
         host = random_batch(setup.case)

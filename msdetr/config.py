@@ -231,8 +231,8 @@ class DataConfig:
     """Batches are padded right and bottom to a multiple of this; 1 keeps the exact size."""
     num_image_buckets: int | None = None
     """At most this many padded shapes (height, width), chosen for the data set so that little is
-    padded; for `torch.compile` and CUDA graphs. None pads each batch as little as `pad_multiple`
-    allows: some 150 shapes on COCO."""
+    padded; for `torch.compile` and CUDA graphs. 0 pads each batch as little as `pad_multiple`
+    allows: some 150 shapes on COCO. None is 16 where the step is compiled, and 0 elsewhere."""
     target_buckets: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512, 1024)
     """Targets are padded to the smallest of these that holds the batch (beyond: a multiple of the
     last)."""
@@ -257,8 +257,10 @@ class DataConfig:
             raise ValueError(
                 f"crop_min_size ({self.crop_min_size}) exceeds crop_max_size ({self.crop_max_size})"
             )
-        if self.num_image_buckets is not None and self.num_image_buckets < 1:
-            raise ValueError(f"num_image_buckets must be at least 1, got {self.num_image_buckets}")
+        if self.num_image_buckets is not None and self.num_image_buckets < 0:
+            raise ValueError(
+                f"num_image_buckets must not be negative, got {self.num_image_buckets}"
+            )
         if self.num_workers < 0:
             raise ValueError(f"num_workers must not be negative, got {self.num_workers}")
 
@@ -432,6 +434,12 @@ class RunConfig:
             raise ValueError(
                 "compile.cuda_graphs needs parallel ddp: shards are gathered to addresses that "
                 "change, which a graph cannot follow"
+            )
+        recomputes = self.train.activation_checkpointing != "none"
+        if self.compile.cuda_graphs and recomputes and self.model.dropout > 0:
+            raise ValueError(
+                "compile.cuda_graphs with train.activation_checkpointing needs model.dropout 0: "
+                "the state of the random generator cannot be read while a graph is recorded"
             )
         if self.parallel == "fsdp" and self.optimizer.name == "sgd":
             raise ValueError(

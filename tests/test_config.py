@@ -14,6 +14,7 @@ import torch
 
 from msdetr.config import (
     AssignmentConfig,
+    CompileConfig,
     DataConfig,
     EvalConfig,
     LossConfig,
@@ -190,7 +191,7 @@ REFUSED = [
     (DataConfig, {"target_buckets": (16, 8)}, "target_buckets must ascend"),
     (DataConfig, {"crop_min_size": 700}, r"crop_min_size \(700\) exceeds crop_max_size \(600\)"),
     (DataConfig, {"num_workers": -1}, "num_workers must not be negative"),
-    (DataConfig, {"num_image_buckets": 0}, "num_image_buckets must be at least 1, got 0"),
+    (DataConfig, {"num_image_buckets": -1}, "num_image_buckets must not be negative, got -1"),
     (DataConfig, {"cache": "disk"}, "cache must be"),
     *[
         (OptimizerConfig, {name: -1.0}, f"{name} must be a finite number of at least 0, got -1.0")
@@ -198,6 +199,26 @@ REFUSED = [
     ],
     (OptimizerConfig, {"lr_drop_epoch": 0}, "lr_drop_epoch must be at least 1"),
     (OptimizerConfig, {"warmup_steps": -1}, "warmup_steps must not be negative"),
+    (TrainConfig, {"accumulation_steps": 0}, "accumulation_steps must be at least 1"),
+    (TrainConfig, {"accumulation_steps": 3}, r"batch_size \(16\).*accumulation_steps \(3\)"),
+    *[
+        (TrainConfig, {"ema_decay": decay}, r"ema_decay must be in \(0, 1\)")
+        for decay in (0.0, 1.0, -0.1, float("nan"))
+    ],
+    (TrainConfig, {"ema_warmup_steps": -1}, "ema_warmup_steps must be a finite number"),
+    (
+        RunConfig,
+        {
+            "compile": CompileConfig(cuda_graphs=True),
+            "train": TrainConfig(activation_checkpointing="encoder"),
+        },
+        r"needs model\.dropout 0",
+    ),
+    (
+        RunConfig,
+        {"parallel": "fsdp", "optimizer": OptimizerConfig(name="sgd")},
+        "needs optimizer.name adamw",
+    ),
     *[
         (TrainConfig, {name: 0}, f"{name} must be at least 1")
         for name in (

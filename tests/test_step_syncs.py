@@ -157,7 +157,7 @@ def _reference_assignment() -> object:
 def _losses(device: torch.device) -> dict[str, float]:
     step = build_step(Options(preset="tiny", height=64, width=64, impl="reference"), device)
     step()
-    row = step.func.__self__.meter.read()
+    row = step.args[0].meter.read()
     return {name: value for name, value in row.items() if "per_second" not in name}
 
 

@@ -123,7 +123,7 @@ def _image_buckets(
     config: RunConfig, dataset: DetectionDataset, batch_size: int
 ) -> tuple[Size, ...]:
     data = config.data
-    if data.num_image_buckets is None:
+    if not data.num_image_buckets:
         return ()
     return dataset.image_buckets(
         data.num_image_buckets, batch_size=batch_size, multiple=data.pad_multiple

@@ -88,7 +88,7 @@ def build_optimizer(
     options: dict[str, Any] = {"weight_decay": config.weight_decay, "fused": True}
     if config.name == "sgd":
         return SGD(groups, lr=config.lr, momentum=SGD_MOMENTUM, **options)
-    return AdamW(groups, lr=config.lr, **options)
+    return AdamW(groups, lr=config.lr, capturable=rates_on_device, **options)
 
 
 def learning_rate_factor(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -28,6 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 from msdetr.engine.distributed import Worker
 from msdetr.model.detector import Detector
 
+logger = logging.getLogger(__name__)
+
 
 def distribute(model: Detector, worker: Worker, parallel: Literal["ddp", "fsdp"]) -> nn.Module:
     """What to call in training: its backward pass averages the gradients over ranks.
@@ -39,6 +42,8 @@ def distribute(model: Detector, worker: Worker, parallel: Literal["ddp", "fsdp"]
         parallel: whole copies or shards.
     """
     if worker.world_size == 1:
+        if parallel == "fsdp":
+            logger.warning("parallel fsdp changes nothing: there is one process")
         return model
     return _replicate(model, worker) if parallel == "ddp" else _shard(model, worker)
 
@@ -61,8 +66,8 @@ def _shard(model: Detector, worker: Worker) -> nn.Module:
     mesh = init_device_mesh(worker.device.type, (worker.world_size,))
     # It takes contiguous parameters only. Activations stay channels-last.
     model.to(memory_format=torch.contiguous_format)
-    # Each part is gathered while the one before it computes, and compiles into one graph. The rest
-    # belongs to the whole.
+    # Each part is gathered while the one before it computes, and compiles into one graph, which
+    # what contains parts does not. The rest belongs to the whole.
     for part in (model.backbone, *model.encoder.layers, *model.decoder.layers, model):
         fully_shard(part, mesh=mesh, reshard_after_forward=False)
     return model

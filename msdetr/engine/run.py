@@ -17,6 +17,7 @@ from msdetr.engine.checkpoint import (
     load_checkpoint,
     load_newest_checkpoint,
 )
+from msdetr.engine.compile import is_compiled
 from msdetr.engine.distributed import Worker, broadcast_model, broadcast_object
 from msdetr.engine.pretrained import start_from_weights
 from msdetr.engine.seeding import seed_initialization
@@ -26,6 +27,9 @@ from msdetr.model.detector import Detector, build_detector
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
+COMPILED_IMAGE_BUCKETS = 16
+"""Padded shapes of a compiled run that does not say: each takes time to compile, and more of them
+save padding (`benchmarks.image_buckets`)."""
 
 
 def build_trainer(config: RunConfig, worker: Worker) -> Trainer:
@@ -43,7 +47,7 @@ def build_trainer(config: RunConfig, worker: Worker) -> Trainer:
     val_data = None
     if config.train.eval_every:
         val_data = build_dataset(config.data, "val", label_map=label_map)
-    config = resolve_num_classes(config, label_map)
+    config = resolve_image_buckets(resolve_num_classes(config, label_map), worker)
     source = find_resume_source(config, worker)
     model = build_model(config, worker, initialize=source is None)
     trainer = Trainer(config, model, train_data, val_data, worker)
@@ -76,6 +80,16 @@ def resolve_num_classes(config: RunConfig, label_map: LabelMap) -> RunConfig:
         )
     model = dataclasses.replace(config.model, num_classes=given or needed)
     return dataclasses.replace(config, model=model)
+
+
+def resolve_image_buckets(config: RunConfig, worker: Worker) -> RunConfig:
+    """The configuration with `data.num_image_buckets` set."""
+    if config.data.num_image_buckets is not None:
+        return config
+    number = COMPILED_IMAGE_BUCKETS if is_compiled(config.compile, worker.device) else 0
+    return dataclasses.replace(
+        config, data=dataclasses.replace(config.data, num_image_buckets=number)
+    )
 
 
 def find_resume_source(config: RunConfig, worker: Worker) -> Checkpoint | None:

@@ -187,7 +187,8 @@ class Trainer:
         result = None
         try:
             if self.is_compiled and self.config.compile.warm_up:
-                self.warm_up()
+                with self.meter.paused():
+                    self.warm_up()
             while self.step < self.last_step:
                 self._train_epoch()
                 self.save()
@@ -206,9 +207,9 @@ class Trainer:
         started = time.perf_counter()
         # Two numbers of targets are enough: from the second on, graphs serve any.
         few, *more = self.config.data.target_buckets
-        shapes = [(size, few) for size in buckets] + [
-            (size, n) for size in buckets[:1] for n in more[:1]
-        ]
+        shapes = [(size, few) for size in buckets]
+        if buckets and more:
+            shapes.append((buckets[0], more[0]))
         for size, num_targets in shapes:
             batch = to_device(self._blank_batch(size, num_targets), self.worker.device)
             self._run_micro_batch(batch, torch.ones((), device=self.worker.device))

@@ -21,6 +21,15 @@ def test_presets_parse_to_their_configuration(name: str) -> None:
     assert parse_preset([name], prog="train.py") == PRESETS[name].config
 
 
+@pytest.mark.parametrize(
+    "options", [["--compile", "off"], ["--compile=off"], ["--compile.mode", "off"]]
+)
+def test_compile_has_a_short_form(options: list[str]) -> None:
+    config = parse_preset(["tiny", *options, "--compile.no-warm-up"], prog="train.py")
+    assert config.compile.mode == "off"
+    assert not config.compile.warm_up
+
+
 def test_options_override_the_preset() -> None:
     config = parse_preset(
         [

@@ -208,9 +208,7 @@ def test_evaluation_batches_have_the_shapes_of_the_buckets(annotations):
 
 
 def test_without_a_number_there_are_no_buckets(annotations):
-    config = dataclasses.replace(
-        CONFIG, data=dataclasses.replace(CONFIG.data, num_image_buckets=None)
-    )
+    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, num_image_buckets=0))
     dataset = DetectionDataset(annotations, training_transform(config.data))
     assert train_image_buckets(config, dataset) == ()
     assert eval_image_buckets(config, dataset) == ()

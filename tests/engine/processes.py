@@ -5,6 +5,7 @@ In a module of its own, because spawned processes import it by name.
 
 from __future__ import annotations
 
+import functools
 import json
 import socket
 from collections import defaultdict
@@ -20,11 +21,14 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from msdetr.config import RunConfig
+from msdetr.engine import trainer as trainer_module
 from msdetr.engine.checkpoint import Progress, save_checkpoint
+from msdetr.engine.compile import compile_step, num_graphs
 from msdetr.engine.distributed import Worker, worker_from_environment
 from msdetr.engine.finite import FiniteCheck, NonFiniteError
 from msdetr.engine.metrics import METRICS_FILE
 from msdetr.engine.parallel import full_tensor, local_tensor
+from msdetr.engine.prefetch import StepInput
 from msdetr.engine.run import build_trainer
 from msdetr.evaluation.coco_eval import CocoEvaluator, CocoResult
 
@@ -66,16 +70,21 @@ def _free_port() -> int:
 def train_run(worker: Worker, config: RunConfig) -> dict[str, Any]:
     """Train; the images, targets and losses of every step, the gradients of the first, the tensors
     before and after, and the scores of what was detected. Tensors are whole."""
-    trainer = build_trainer(config, worker)
+    with pytest.MonkeyPatch.context() as patch:
+        # Captured and cut as for generated code, which would take long to generate.
+        patch.setattr(
+            trainer_module, "compile_step", functools.partial(compile_step, backend="eager")
+        )
+        trainer = build_trainer(config, worker)
     image_ids, targets = [], []
     gradients: dict[str, Tensor] = {}
     real_step, real_update = trainer.train_step, trainer.update
     initial = whole(trainer.tensors())
 
-    def recorded_step(batches: Any) -> None:
-        image_ids.append([i for batch in batches for i in batch.image_ids.tolist()])
-        targets.append([int(batch.targets.count.sum()) for batch in batches])
-        real_step(batches)
+    def recorded_step(step_input: StepInput) -> None:
+        image_ids.append([i for batch in step_input.host for i in batch.image_ids.tolist()])
+        targets.append([int(batch.targets.count.sum()) for batch in step_input.host])
+        real_step(step_input)
 
     def recorded_update() -> Tensor:
         if not gradients:
@@ -107,6 +116,7 @@ def train_run(worker: Worker, config: RunConfig) -> dict[str, Any]:
         "initial": initial,
         "tensors": whole(trainer.tensors()),
         "scores": {image_id: sorted(values) for image_id, values in scores.items()},
+        "num_graphs": num_graphs(),
         "num_local": sum(local_tensor(p).numel() for p in trainer.model.parameters()),
     }
 
@@ -116,8 +126,11 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def loaded_tensors(worker: Worker, config: RunConfig) -> dict[str, Tensor]:
-    """What a run has that goes on from a checkpoint, before it goes on."""
-    return whole(build_trainer(config, worker).tensors())
+    """What a run has that goes on from a checkpoint, before it goes on. An evaluation changes none
+    of it."""
+    trainer = build_trainer(config, worker)
+    trainer.evaluate()
+    return whole(trainer.tensors())
 
 
 @dataclass(frozen=True)

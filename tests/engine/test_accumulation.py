@@ -65,7 +65,5 @@ def test_losses_add_up() -> None:
 
 
 def test_batch_size_must_fit_the_micro_batches() -> None:
-    with pytest.raises(ValueError, match=r"batch_size \(4\).*accumulation_steps \(3\)"):
-        TrainConfig(batch_size=4, accumulation_steps=3)
     with pytest.raises(ValueError, match=r"\(4\).*divisible by 8 \(2 processes x 4 micro-batches"):
         rank_batch_size(4, world_size=2, accumulation_steps=4)

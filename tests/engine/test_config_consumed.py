@@ -163,6 +163,7 @@ def test_all_classes_are_covered() -> None:
         "DataConfig",
         "OptimizerConfig",
         "TrainConfig",
+        "CompileConfig",
         "EvalConfig",
         "RunConfig",
     }

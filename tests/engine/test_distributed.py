@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,17 +16,18 @@ from engine.helpers import (
 )
 from engine.processes import Tasks, do_tasks, loaded_tensors, run_in_processes, train_run
 
-from msdetr.config import RunConfig
+from msdetr.config import CompileConfig, RunConfig
 from msdetr.data.sampler import step_indices
 from msdetr.engine.checkpoint import OPTIMIZER, find_checkpoints, load_checkpoint
 from msdetr.engine.device import resolve_device
 from msdetr.engine.distributed import Worker, worker_from_environment
+from msdetr.engine.run import build_trainer
 from msdetr.engine.tensor_files import read_tensors
 from msdetr.weights import load_weights
 
 WORKER = Worker(device=torch.device("cpu"))
 NUM_TRAIN = 12
-_KINDS = ("ddp", "ddp-parts", "fsdp", "fsdp-parts")
+_KINDS = ("ddp", "ddp-parts", "fsdp", "fsdp-parts", "ddp-compiled", "fsdp-compiled")
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +62,19 @@ def run_config(data: Path, folder: Path, name: str) -> RunConfig:
     if name.endswith("parts"):
         train |= {"accumulation_steps": 2, "activation_checkpointing": "all"}
     if name == "fsdp":
-        train["checkpoint_every"] = 2
+        train |= {"checkpoint_every": 2, "eval_every": 1}  # evaluates and goes on
     config = deterministic_config(data, folder / name, **train)
+    mode: Literal["on", "off"] = "on" if name.endswith("compiled") else "off"
+    config = dataclasses.replace(config, compile=CompileConfig(mode=mode))
     return dataclasses.replace(config, parallel="fsdp" if name.startswith("fsdp") else "ddp")
+
+
+def bfloat16_config(data: Path, folder: Path, kind: Literal["ddp", "fsdp"]) -> RunConfig:
+    """One step."""
+    config = deterministic_config(
+        data, folder / f"{kind}-bfloat16", precision="bfloat16", max_steps=1
+    )
+    return dataclasses.replace(config, parallel=kind)
 
 
 def resumed(config: RunConfig, output: Path, checkpoint: Path) -> RunConfig:
@@ -76,6 +88,7 @@ def results(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
     write_file_of_earlier_version(folder)
     configs = {name: run_config(data, folder, name) for name in _KINDS}
     halfway = folder / "fsdp" / "checkpoints" / "step-00000002"
+    configs |= {f"{kind}-bfloat16": bfloat16_config(data, folder, kind) for kind in ("ddp", "fsdp")}
     configs["fsdp resumed"] = resumed(configs["fsdp"], folder / "fsdp resumed", halfway)
     loaded = {
         f"{source} in {target}": resumed(configs[target], folder / f"{source} {target}", path)
@@ -119,6 +132,12 @@ def test_two_processes_are_one(results: Results, name: str) -> None:
     assert_same_within_rounding(first, expected)
     assert sorted(expected["scores"]) == list(range(100, 105))
     assert second["scores"] == {}
+
+
+def test_compiled_runs_are_compiled(results: Results) -> None:
+    *others, ddp, fsdp = (results.ranks[0][name]["num_graphs"] for name in _KINDS)
+    assert not any(others)
+    assert fsdp > ddp > 10
 
 
 def test_shards_are_parts(results: Results) -> None:
@@ -192,6 +211,16 @@ def test_every_rank_ends_where_one_cannot_write(results: Results) -> None:
     assert steps == [3, 4]
 
 
+def test_shards_compute_in_the_precision_of_copies(results: Results) -> None:
+    ddp, fsdp = (results.ranks[0][f"{kind}-bfloat16"] for kind in ("ddp", "fsdp"))
+    assert {tensor.dtype for tensor in fsdp["tensors"].values()} == {torch.float32}
+    assert fsdp["losses"] == pytest.approx(ddp["losses"], rel=1e-6)
+    assert fsdp["losses"][0] != results.single["losses"][0]  # float32
+    for name, gradient in ddp["gradients"].items():
+        difference = (gradient - fsdp["gradients"][name]).norm()
+        assert difference <= 1e-2 * gradient.norm() + 1e-6, name
+
+
 def test_resume_is_exact_with_shards(results: Results) -> None:
     for rank in results.ranks:
         assert len(rank["fsdp resumed"]["image_ids"]) == 2
@@ -214,6 +243,15 @@ def test_a_single_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> Non
         assert worker == WORKER
         assert worker.is_main
         assert not torch.distributed.is_initialized()
+
+
+def test_one_process_has_nothing_to_shard(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        trainer = build_trainer(run_config(data, tmp_path, "fsdp"), WORKER)
+    assert "parallel fsdp changes nothing" in caplog.text
+    assert trainer.distributed_model is trainer.model
 
 
 def test_incomplete_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,3 +161,25 @@ def test_optimizer_state_of_another_model_is_refused() -> None:
     optimizer = build_optimizer(model, CONFIG)
     with pytest.raises(ValueError, match="not trained here"):
         load_optimizer_state(optimizer, model, {"other.weight": {}})
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_rates_on_the_device_take_the_same_steps(name: str) -> None:
+    config = OptimizerConfig(name=name, lr=1e-2, backbone_lr=1e-3)
+    models = [build_detector(TINY_MODEL) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, rates_on_device in zip(models, (False, True), strict=True):
+        optimizer = build_optimizer(model, config, rates_on_device=rates_on_device)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert all(torch.is_tensor(rate) is rates_on_device for rate in rates)
+        for factor in (1.0, 0.5):
+            set_learning_rate(optimizer, factor)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        if rates_on_device:  # what a graph reads stays where it is
+            after = [group["lr"] for group in optimizer.param_groups]
+            assert all(a is b for a, b in zip(after, rates, strict=True))
+    for expected, found in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(found, expected)

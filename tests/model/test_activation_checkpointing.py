@@ -90,7 +90,8 @@ def saved_bytes(config: ModelConfig, parts: Parts) -> int:
 def test_less_is_kept() -> None:
     config = dataclasses.replace(MODELS["convnet"], feedforward_dim=256)
     none, encoder, everything = (saved_bytes(config, p) for p in ("none", "encoder", "all"))  # type: ignore[arg-type]
-    assert encoder < 0.8 * none
+    # Attention keeps its arguments only, so one small layer of it is little.
+    assert encoder < 0.85 * none
     assert everything < 0.5 * encoder
 
 

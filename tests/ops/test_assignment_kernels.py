@@ -485,6 +485,7 @@ def test_opcheck(kernel_device, op):
             3,
             0.7,
             0.3,
+            "triton",
         ),
     }
     torch.library.opcheck(getattr(torch.ops.msdetr, op).default, arguments[op])
