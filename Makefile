@@ -2,9 +2,12 @@
 # that it works without a network. `make demo` and `make test` need Python 3.11+ and make.
 
 PYTHON ?= python3
-# Where `make gpu` stores its rows, and how many seconds it may take.
+# Where `make gpu` stores its rows, how many seconds it may take, and the folder of the published code,
+# which it then measures too.
 OUT ?= benchmarks/results
 GPU_SECONDS ?= 570
+PUBLISHED ?=
+GPU_SIZE := --device cuda --height 800 --width 1333
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -41,24 +44,39 @@ test: $(VENV)/.installed-dev  ## run the test suite
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest -q tests/parity -k "msda or one_to or losses" --impl triton
 
-# A step that fails or takes too long is named at the end; the others run all the same.
-gpu:  ## GPU tests, generated code, then benchmarks against the peers; JSON rows in OUT
+# Most valuable first. A step that fails or takes too long is named at the end; the others run all the
+# same, as long as there is time. Benchmarks write their rows as they come, so that none is lost.
+gpu:  ## GPU tests, benchmarks of the whole detector and its parts, generated code; JSON rows in OUT
 	@mkdir -p "$(OUT)"; begin=$$(date +%s); failed=""; \
 	left() { echo $$(($(GPU_SECONDS) + begin - $$(date +%s))); }; \
 	step() { \
-		name=$$1; limit=$$2; shift 2; echo "== $$name"; \
-		timeout "$$limit" $(PYTHON) -m "$$@" || failed="$$failed $$name"; \
+		name=$$1; limit=$$2; shift 2; \
+		if [ "$$limit" -gt "$$(left)" ]; then limit=$$(left); fi; \
+		if [ "$$limit" -lt 30 ]; then echo "== no time left for $$name"; return; fi; \
+		echo "== $$name"; timeout "$$limit" $(PYTHON) -m "$$@" || failed="$$failed $$name"; \
 	}; \
-	step tests 180 pytest -m gpu; \
-	step codegen 150 benchmarks.codegen --check; \
+	train_step() { \
+		name=$$1; limit=$$2; shift 2; \
+		step "$$name" "$$limit" benchmarks.bench_train_step $(GPU_SIZE) --steps 20 --warmup 3 \
+			--time-budget $$((limit - 40)) --output "$(OUT)/$${name}_cuda.json" "$$@"; \
+	}; \
+	step tests 150 pytest -m gpu; \
+	train_step train_step 160 --batches 2 8 --dtypes bfloat16 \
+		--implementations compiled-graphs eager compiled; \
+	step inference 80 benchmarks.bench_inference $(GPU_SIZE) --passes 50 --warmup 5 --batches 1 8 \
+		--dtypes bfloat16 --implementations compiled-graphs eager \
+		--time-budget 50 --output "$(OUT)/inference_cuda.json"; \
+	train_step one_to_many 90 --presets ms-detr-pp-r50-300 deformable-detr-pp-r50-300 \
+		--dtypes bfloat16 --implementations compiled-graphs; \
+	if [ -n "$(PUBLISHED)" ]; then \
+		train_step published 120 --published "$(PUBLISHED)" --dtypes float32 bfloat16 \
+			--implementations published compiled-graphs; \
+	fi; \
+	step ms_deform_attn 150 benchmarks.bench_ms_deform_attn \
+		--time-budget 80 --output "$(OUT)/ms_deform_attn.json"; \
 	step reductions 70 benchmarks.bench_reductions --time-budget 40 \
 		--output "$(OUT)/reductions.json"; \
-	step ms_deform_attn "$$(left)" benchmarks.bench_ms_deform_attn \
-		--time-budget "$$(($$(left) - 80))" --output "$(OUT)/ms_deform_attn.json"; \
-	if [ "$$(left)" -ge 60 ]; then \
-		step train_step "$$(left)" benchmarks.bench_train_step --device cuda --height 800 \
-			--width 1333 --steps 10 --warmup 3 --output "$(OUT)/train_step_cuda.json"; \
-	else echo "== no time left for train_step"; fi; \
+	step codegen 150 benchmarks.codegen --check; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
