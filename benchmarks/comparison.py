@@ -187,7 +187,7 @@ def _build(build: Build, setup: Setup) -> None:
 
 
 def _values() -> dict[str, float] | None:
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with without_tf32():
         return _subject.values()
 
 
@@ -203,6 +203,17 @@ def _facts(seconds: float) -> Row:
     # What profiling takes is not the implementation's.
     peak = {"peak_memory_mb": peak_memory_mb(_subject.setup.device)}
     return peak | _subject.facts(seconds)
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Let convolutions of a GPU compute in full float32; matrix products do by default."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 def check_same_values(

@@ -34,7 +34,8 @@ def device_work(call: Call) -> DeviceWork:
     spans = [
         (event.time_range.start, event.time_range.end)
         for event in profile.events()
-        if event.device_type.name == "CUDA"
+        # Named ranges (an optimizer's step) are shown on the device too.
+        if event.device_type.name == "CUDA" and not event.is_user_annotation
     ]
     return DeviceWork(len(spans) / _CALLS, covered(spans) / 1e6 / _CALLS)
 

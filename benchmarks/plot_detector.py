@@ -14,9 +14,9 @@ from typing import Any
 
 import tyro
 
-from benchmarks.common import Row, group_rows, new_figure, read_rows
+from benchmarks.common import Row, group_rows, new_figure
 from benchmarks.detector_implementations import IMPLEMENTATIONS
-from benchmarks.readme_table import BENCHMARKS
+from benchmarks.readme_table import BENCHMARKS, read_detector_rows
 from msdetr.cli.options import parse_options, user_errors
 
 
@@ -37,7 +37,7 @@ def draw(path: Path, folder: Path) -> list[Path]:
         ValueError: matplotlib is not installed, or the file has no such rows.
     """
     paths = []
-    for (benchmark,), rows in group_rows(read_rows(path, *BENCHMARKS), "benchmark"):
+    for (benchmark,), rows in group_rows(read_detector_rows(path), "benchmark"):
         panels = list(group_rows(rows, "preset", "dtype"))
         figure = new_figure(figsize=(1.0 + 4.0 * len(panels), 3.6))
         height, width, device = (rows[0][name] for name in ("height", "width", "device"))

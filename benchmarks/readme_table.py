@@ -40,6 +40,20 @@ class Options:
     """JSON files of rows."""
 
 
+def read_detector_rows(path: Path) -> list[Row]:
+    """The rows of a file that are of a whole detector.
+
+    Raises:
+        ValueError: there are none, or an earlier version has written them.
+    """
+    rows = read_rows(path, *BENCHMARKS)
+    for row in rows:
+        missing = [name for name in _COLUMNS if name not in row]
+        if missing:
+            raise ValueError(f"{path}: rows lack {', '.join(missing)}: measure them again")
+    return rows
+
+
 def tables(rows: Sequence[Row]) -> str:
     """Markdown of the rows, with a caption per table; columns without any value are left out."""
     groups: dict[tuple[str, ...], list[Row]] = {}
@@ -85,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     with user_errors():
         options = parse_options(Options, arguments, prog="python -m benchmarks.readme_table")
-        rows = [row for path in options.rows for row in read_rows(path, *BENCHMARKS)]
+        rows = [row for path in options.rows for row in read_detector_rows(path)]
     print(tables(rows))
     return 0
 

@@ -22,6 +22,7 @@ from benchmarks.comparison import (
     check_same_values,
     compare,
     too_slow,
+    without_tf32,
 )
 from benchmarks.detector_cases import NUM_CLASSES, Case, random_batch
 from benchmarks.detector_flops import detector_flops, peak_flops
@@ -273,6 +274,14 @@ def test_values_that_differ_are_refused(expected: dict[str, float]) -> None:
         check_same_values({"total": 2.0, "loss_ce": 0.5}, expected, tolerance=1e-3)
 
 
+def test_values_are_compared_without_tf32() -> None:
+    before = torch.backends.cudnn.allow_tf32
+    with without_tf32():
+        assert not torch.backends.cudnn.allow_tf32
+        assert torch.backends.cudnn.enabled
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
 def test_no_process_starts_after_the_budget(capsys: pytest.CaptureFixture[str]) -> None:
     options = Options(presets=("tiny",), time_budget=5.0, device="cpu", implementations=("eager",))
     ticks = iter([0.0, 6.0])
@@ -368,6 +377,26 @@ def test_a_step_of_hugging_face() -> None:
     assert stages == {"1", "2", "3"}
     (durations,) = step.run(1)
     assert durations.keys() >= set(PHASES)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("build", [OurStep, OurPass])
+def test_recorded_calls_on_a_gpu(build: type[OurStep] | type[OurPass]) -> None:
+    cuda = torch.device("cuda", 0)
+    eager, recorded = (
+        build(make_setup(name)._replace(device=cuda)) for name in ("eager", "compiled-graphs")
+    )
+    found, expected = recorded.values(), eager.values()
+    assert found is not None
+    assert expected is not None
+    check_same_values(found, expected, tolerance=TOLERANCES["float32"])
+    recorded.run(3)
+    recorded.end_warm_up()
+    total = recorded.run(3)[-1]["total"]
+    facts = recorded.facts(total)
+    assert (facts["host_reads"], facts["recompiles"], facts["graph_breaks"]) == (0, 0, 0)
+    assert facts["kernels"] > 100
+    assert 0.0 <= facts["gpu_idle_share"] < 1.0
 
 
 @NEEDS_PUBLISHED

@@ -66,7 +66,11 @@ def test_table_per_circumstance(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("[]", "holds no rows of train_step or inference"), ("[", "is not JSON")],
+    [
+        ("[]", "holds no rows of train_step or inference"),
+        ("[", "is not JSON"),
+        ('[{"benchmark": "train_step"}]', "rows lack images_per_second"),
+    ],
 )
 def test_files_without_rows_are_refused(
     tmp_path: Path, text: str, reason: str, capsys: pytest.CaptureFixture[str]
