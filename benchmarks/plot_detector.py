@@ -76,6 +76,7 @@ def _draw_bars(axes: Any, rows: Sequence[Row]) -> None:
         )
         axes.bar_label(bars, fmt="%.3g", fontsize="small")
     axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
+    axes.margins(y=0.1)  # room for the numbers
     axes.set_xlabel("batch")
 
 
