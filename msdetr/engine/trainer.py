@@ -375,9 +375,9 @@ class Trainer:
             yield micro_batches
 
     def _run_micro_batch(self, batch: Batch, num_targets: Tensor) -> LossOutput:
-        if self.graphs is not None:
-            return self.graphs.forward_backward(batch, num_targets)
         with explain_compile_errors():
+            if self.graphs is not None:
+                return self.graphs.forward_backward(batch, num_targets)
             return self.forward_backward(batch, num_targets)
 
     def _blank_batch(self, size: Size, num_targets: int) -> Batch:
