@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from benchmarks.comparison import ComparisonOptions, collect, compare, print_rows
 from benchmarks.inference_passes import build_pass
-from msdetr.cli.options import parse_options, tune_cpu_runtime, user_errors
+from msdetr.cli.options import parse_options, user_errors
 
 _COLUMNS = {
     "preset": "",
@@ -54,7 +54,6 @@ class Options(ComparisonOptions):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write; the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    tune_cpu_runtime()
     with user_errors():
         options = parse_options(Options, arguments, prog="python -m benchmarks.bench_inference")
         rows = compare(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from benchmarks.comparison import ComparisonOptions, collect, compare, print_rows, too_slow
 from benchmarks.train_steps import PHASES, build_step
-from msdetr.cli.options import parse_options, tune_cpu_runtime, user_errors
+from msdetr.cli.options import parse_options, user_errors
 
 LEAST_SPEEDUP = 1.5
 """Over the published code, for `--check`."""
@@ -58,7 +58,6 @@ class Options(ComparisonOptions):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write; the exit status: 1 if `--check` fails."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    tune_cpu_runtime()
     with user_errors():
         options = parse_options(Options, arguments, prog="python -m benchmarks.bench_train_step")
         rows = compare(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
-import os
 import platform
 import resource
 import subprocess
@@ -33,11 +32,6 @@ def environment(device: torch.device) -> Row:
         "commit": _commit(),
         "threads": torch.get_num_threads(),
     }
-
-
-def asks_for_huge_pages() -> bool:
-    """Whether this process's large tensors ask Linux for huge pages."""
-    return sys.platform == "linux" and os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
 
 
 def percentiles(seconds: Sequence[float]) -> tuple[float, float]:

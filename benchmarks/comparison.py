@@ -26,7 +26,6 @@ import torch
 
 from benchmarks.common import (
     Row,
-    asks_for_huge_pages,
     environment,
     peak_memory_mb,
     percentiles,
@@ -40,10 +39,12 @@ from benchmarks.detector_implementations import (
     Implementation,
     choose_implementations,
     is_ours,
+    is_tuned,
     why_not,
 )
 from benchmarks.gpu_counts import device_work, host_waits
 from benchmarks.processes import Worker
+from msdetr.cli.cpu_runtime import ENVIRONMENT, keep_freed_memory
 from msdetr.engine.compile import CompileError, num_graphs
 from msdetr.engine.device import resolve_device
 
@@ -170,7 +171,7 @@ class Subject(ABC):
             "model_flops": flops,
             "model_flops_per_second": flops and flops / seconds,
             "model_flops_utilisation": flops and peak and flops / seconds / peak,
-            "huge_pages": asks_for_huge_pages(),
+            "tuned_process": device.type == "cpu" and is_tuned(implementation),
             **where,
         }
 
@@ -183,6 +184,8 @@ _subject: Subject
 
 def _build(build: Build, setup: Setup) -> None:
     global _subject
+    if setup.device.type == "cpu" and is_tuned(setup.implementation):
+        keep_freed_memory()
     _subject = build(setup)
 
 
@@ -331,7 +334,7 @@ def _measure(
 ) -> list[Row]:
     """Rows of implementations that live side by side."""
     with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(Worker(setup.implementation)) for setup in setups]
+        workers = [stack.enter_context(_start(setup.implementation)) for setup in setups]
         for worker, setup in zip(workers, setups, strict=True):
             worker.call(_build, build, setup)
             agreement.check(worker.implementation, worker.call(_values))
@@ -343,6 +346,10 @@ def _measure(
             _row(worker, setup.case, found, parts)
             for worker, setup, found in zip(workers, setups, durations, strict=True)
         ]
+
+
+def _start(implementation: str) -> Worker:
+    return Worker(implementation, ENVIRONMENT if is_tuned(implementation) else None)
 
 
 def _take_turns(workers: Sequence[Worker], calls: int) -> list[list[Durations]]:

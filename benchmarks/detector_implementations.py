@@ -5,6 +5,7 @@
 - `compiled`: ours with its parts compiled by `torch.compile`.
 - `compiled-graphs`: those recorded as CUDA graphs.
 - `published`: the published code, in float32, on the PyTorch attention that it ships for tests.
+- `published-tuned`: the same in a process that is set up for a CPU as ours are.
 - `huggingface`: Deformable-DETR of `transformers` with the recipe's sizes: without one-to-many
   supervision, so with less to do in training, and without our weights, so never compared in value.
 """
@@ -22,12 +23,18 @@ from benchmarks.detector_cases import Case
 from benchmarks.hugging_face import why_not_hugging_face
 
 Implementation = Literal[
-    "eager-reference", "eager", "compiled", "compiled-graphs", "published", "huggingface"
+    "eager-reference",
+    "eager",
+    "compiled",
+    "compiled-graphs",
+    "published",
+    "published-tuned",
+    "huggingface",
 ]
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 COMPILED: tuple[Implementation, ...] = ("compiled", "compiled-graphs")
 ON_CPU: tuple[Implementation, ...] = ("eager", "compiled", "published")
-"""What runs on a CPU if nothing is named."""
+"""What runs on a CPU if nothing is named: not `published-tuned`, which keeps 10 GB in memory."""
 ON_CUDA: tuple[Implementation, ...] = (
     "compiled-graphs",
     "compiled",
@@ -41,7 +48,17 @@ ON_CUDA: tuple[Implementation, ...] = (
 
 def is_ours(implementation: str) -> bool:
     """Whether it is one of this project."""
-    return implementation not in ("published", "huggingface")
+    return not is_published(implementation) and implementation != "huggingface"
+
+
+def is_published(implementation: str) -> bool:
+    """Whether it is the published code."""
+    return implementation in ("published", "published-tuned")
+
+
+def is_tuned(implementation: str) -> bool:
+    """Whether its process, on a CPU, is set up as `train.py` and `evaluate.py` set theirs up."""
+    return is_ours(implementation) or implementation == "published-tuned"
 
 
 def choose_implementations(
@@ -62,12 +79,12 @@ def choose_implementations(
             raise ValueError(f"{name} cannot run here: {reason}")
         else:
             print(f"without {name}: {reason}")
-    return sorted(chosen, key=lambda name: name != "published")
+    return sorted(chosen, key=lambda name: not is_published(name))
 
 
 def why_not(implementation: Implementation, case: Case) -> str | None:
     """Why an implementation that can run here has no such case, or None."""
-    if implementation == "published" and case.dtype != "float32":
+    if is_published(implementation) and case.dtype != "float32":
         return "it has no mixed precision"
     if implementation == "huggingface":
         return why_not_hugging_face(case.config.model)
@@ -77,7 +94,7 @@ def why_not(implementation: Implementation, case: Case) -> str | None:
 def _why_unavailable(
     name: Implementation, device: torch.device, published: Path | None
 ) -> str | None:
-    if name == "published" and published is None:
+    if is_published(name) and published is None:
         return "give its folder by --published"
     if name == "huggingface" and importlib.util.find_spec("transformers") is None:
         return "transformers is not installed"

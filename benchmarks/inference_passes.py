@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.common import Row
 from benchmarks.comparison import Durations, Setup, Subject
 from benchmarks.detector_cases import random_batch
-from benchmarks.detector_implementations import COMPILED
+from benchmarks.detector_implementations import COMPILED, is_published
 from benchmarks.hugging_face import build_hugging_face, hugging_face_images
 from benchmarks.published_code import build_published, published_images
 from benchmarks.train_steps import choose_attention, impl_of, load_published_weights
@@ -187,6 +187,6 @@ class HuggingFacePass(InferencePass):
 
 def build_pass(setup: Setup) -> Subject:
     """The pass that a process is to run."""
-    if setup.implementation == "published":
+    if is_published(setup.implementation):
         return PublishedPass(setup)
     return (HuggingFacePass if setup.implementation == "huggingface" else OurPass)(setup)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks.common import PhaseTimer
 from benchmarks.comparison import Durations, Setup, Subject
 from benchmarks.detector_cases import random_batch
-from benchmarks.detector_implementations import COMPILED
+from benchmarks.detector_implementations import COMPILED, is_published
 from benchmarks.hugging_face import build_hugging_face, hugging_face_images
 from benchmarks.published_code import (
     build_published,
@@ -264,7 +264,7 @@ class HuggingFaceStep(TrainStep):
 
 def build_step(setup: Setup) -> Subject:
     """The step that a process is to take."""
-    if setup.implementation == "published":
+    if is_published(setup.implementation):
         return PublishedStep(setup)
     return (HuggingFaceStep if setup.implementation == "huggingface" else OurStep)(setup)
 

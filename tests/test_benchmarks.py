@@ -63,7 +63,7 @@ ROW_FIELDS = {
     "model_flops_per_second": float,
     "model_flops_utilisation": NONE,
     "peak_memory_mb": float,
-    "huge_pages": bool,
+    "tuned_process": bool,
     "device": str,
     "torch": str,
     "triton": (str, NONE),

@@ -12,13 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from msdetr.cli.options import (
-    configure_logging,
-    option_value,
-    parse_options,
-    tune_cpu_runtime,
-    user_errors,
-)
+from msdetr.cli.cpu_runtime import keep_freed_memory, tune_cpu_environment
+from msdetr.cli.options import configure_logging, option_value, parse_options, user_errors
 from msdetr.config import DataConfig, EvalConfig
 
 if TYPE_CHECKING:
@@ -56,7 +51,7 @@ class EvaluateOptions:
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = "msdetr evaluate") -> int:
     """Evaluate, print the tables, write the results, and return the exit status."""
-    tune_cpu_runtime()
+    tune_cpu_environment()
     options, detector = _parse(sys.argv[1:] if arguments is None else list(arguments), prog)
     from msdetr.engine.distributed import worker_from_environment
 
@@ -64,6 +59,8 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "msdetr evaluate
         with user_errors():
             worker = stack.enter_context(worker_from_environment(options.device))
             configure_logging(is_main=worker.is_main)
+            if worker.device.type == "cpu":
+                keep_freed_memory()
         result = run(options, detector, worker)
     if result is not None:
         print(f"\n{result.per_class_table()}\n\n{result.table()}")

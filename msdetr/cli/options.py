@@ -73,20 +73,6 @@ def parse_preset(arguments: Sequence[str], *, prog: str) -> RunConfig:
     exit_with_error(f"{problem}; known are\n\n{_preset_list()}\n\n{usage.rstrip()}")
 
 
-def tune_cpu_runtime() -> None:
-    """Set what torch reads from the environment for runs on a CPU, unless the user has set it.
-
-    Threads of OpenMP that wait soon sleep: by default they spin for long, and a run that shares
-    its cores with anything else slows down several times over. Large tensors on Linux ask for huge
-    pages (where the system's setting is `madvise`): activations are fresh memory in every step, and
-    each small page of it costs a fault. Only has an effect before torch is imported, and on
-    processes that are started afterwards.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
 def option_value(arguments: Sequence[str], name: str) -> str | None:
     """The value of option `name` in `--name value` or `--name=value`; None where it is absent.
 

@@ -7,12 +7,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from msdetr.cli.options import (
-    configure_logging,
-    parse_preset,
-    tune_cpu_runtime,
-    user_errors,
-)
+from msdetr.cli.cpu_runtime import keep_freed_memory, tune_cpu_environment
+from msdetr.cli.options import configure_logging, parse_preset, user_errors
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +20,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "msdetr train") 
     Options and files that are wrong end the process with status 2.
     """
     config = parse_preset(sys.argv[1:] if arguments is None else arguments, prog=prog)
-    tune_cpu_runtime()
+    tune_cpu_environment()
     # torch takes seconds to import: mistyped options and --help need not wait for it.
     from msdetr.engine.compile import CompileError
     from msdetr.engine.distributed import worker_from_environment
@@ -35,6 +31,8 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "msdetr train") 
         with user_errors():
             worker = stack.enter_context(worker_from_environment(config.device))
             configure_logging(is_main=worker.is_main)
+            if worker.device.type == "cpu":
+                keep_freed_memory()
             trainer = build_trainer(config, worker)
         try:
             trainer.train()

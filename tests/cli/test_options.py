@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,13 +10,7 @@ from pathlib import Path
 import pytest
 
 from msdetr.cli import main as console
-from msdetr.cli.options import (
-    configure_logging,
-    option_value,
-    parse_preset,
-    tune_cpu_runtime,
-    user_errors,
-)
+from msdetr.cli.options import configure_logging, option_value, parse_preset, user_errors
 from msdetr.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,21 +121,6 @@ def test_console_script(capsys: pytest.CaptureFixture[str]) -> None:
     assert "there is no command 'trian'" in capsys.readouterr().err
     assert console.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("msdetr 0.")
-
-
-def test_the_user_has_the_last_word_on_the_cpu_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE"):
-        monkeypatch.setenv(name, "")  # what it was before comes back
-        monkeypatch.delenv(name)
-    tune_cpu_runtime()
-    assert (os.environ["GOMP_SPINCOUNT"], os.environ["THP_MEM_ALLOC_ENABLE"]) == ("1000", "1")
-
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    monkeypatch.delenv("GOMP_SPINCOUNT")
-    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
-    tune_cpu_runtime()
-    assert "GOMP_SPINCOUNT" not in os.environ
-    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0"
 
 
 def test_option_value() -> None:
