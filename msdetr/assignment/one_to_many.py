@@ -7,7 +7,7 @@ from torch import Tensor
 
 from msdetr.config import AssignmentConfig
 from msdetr.ops.dispatch import Impl
-from msdetr.ops.one_to_many import one_to_many_with_classes
+from msdetr.ops.one_to_many import one_to_many
 from msdetr.structures import Assignment, Predictions, Targets
 
 
@@ -47,7 +47,7 @@ def assign_one_to_many(
     logits, boxes = predictions
     if priority is None:
         priority = torch.rand(logits.shape[:3], device=logits.device, generator=generator)
-    pairs, best = one_to_many_with_classes(
+    pairs = one_to_many(
         logits,
         boxes,
         targets,
@@ -60,18 +60,18 @@ def assign_one_to_many(
         impl=impl,
     )
     if not config.indices_merge:
-        return Assignment(pairs.query_index, pairs.mask, best.target_class)
+        return Assignment(pairs.query_index, pairs.mask, pairs.best_class)
     if one_to_one is None:
         raise ValueError("indices_merge needs the one-to-one assignment")
 
     num_slots = targets.labels.shape[1]
     slots = torch.arange(num_slots, device=logits.device)[:, None]
-    wins = pairs.mask & (_of_pairs(best.target, pairs.query_index) == slots)
-    joins = one_to_one.mask & (_of_pairs(best.target, one_to_one.query_index) == num_slots)
+    wins = pairs.mask & (_of_pairs(pairs.best_target, pairs.query_index) == slots)
+    joins = one_to_one.mask & (_of_pairs(pairs.best_target, one_to_one.query_index) == num_slots)
     return Assignment(
         torch.cat((pairs.query_index, one_to_one.query_index), dim=-1),
         torch.cat((wins, joins), dim=-1),
-        torch.where(best.target < num_slots, best.target_class, one_to_one.target_class),
+        torch.where(pairs.best_target < num_slots, pairs.best_class, one_to_one.target_class),
     )
 
 

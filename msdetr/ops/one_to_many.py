@@ -41,15 +41,19 @@ class OneToMany(NamedTuple):
     """[N, B, T, k] bool"""
     score: Tensor
     """[N, B, T, k] score of the pair; -inf where `mask` is False."""
-
-
-class BestPairs(NamedTuple):
-    """Of each query, the pair of highest score, that of the lowest target of equals."""
-
-    target: Tensor
-    """[N, B, Q] int64, its target; T where the query is in no pair."""
-    target_class: Tensor
+    best_target: Tensor
+    """[N, B, Q] int64, of each query's pairs the target of the highest score, the lowest of equals;
+    T where the query is in no pair."""
+    best_class: Tensor
     """[N, B, Q] int64, the class of that target, -1 where there is none."""
+
+
+class _Pairs(NamedTuple):
+    """The first fields of `OneToMany`."""
+
+    query_index: Tensor
+    mask: Tensor
+    score: Tensor
 
 
 def one_to_many(
@@ -91,18 +95,25 @@ def one_to_many(
     Raises:
         NotImplementedError: `impl` is "triton" and the kernel cannot serve the arguments.
     """
-    return one_to_many_with_classes(
-        logits,
-        boxes,
-        targets,
+    queries = logits.shape[2]
+    unsupported = None
+    if boxes.dtype == torch.float64:
+        unsupported = "the kernel computes in float32, got float64 boxes"
+    elif queries > _MAX_QUERIES:
+        unsupported = f"the kernel takes up to {_MAX_QUERIES} queries, got {queries}"
+    found = torch.ops.msdetr.one_to_many(
+        logits.detach(),
+        boxes.detach(),
+        *targets,
         priority,
-        k=k,
-        threshold=threshold,
-        positive_fraction=positive_fraction,
-        cost_box=cost_box,
-        cost_class=cost_class,
-        impl=impl,
-    )[0]
+        min(k, queries),
+        threshold,
+        int(positive_fraction * queries),
+        cost_box,
+        cost_class,
+        resolve_impl("one_to_many", impl, boxes.device, unsupported),
+    )
+    return OneToMany(*found)
 
 
 def _reference(
@@ -116,14 +127,17 @@ def _reference(
     limit: int,
     cost_box: float,
     cost_class: float,
-) -> OneToMany:
-    """`one_to_many` in PyTorch. Passes over all pairs are elementwise and in place where they can
-    be: reductions that give indices, comparisons that give booleans and fresh memory cost most."""
+) -> _Pairs:
+    """The pairs of `one_to_many` in PyTorch.
+
+    Passes over all pairs are elementwise and in place where they can be: reductions that give
+    indices, comparisons that give booleans and fresh memory cost most.
+    """
     num_layers, batch, queries, _ = logits.shape
     slots = targets.labels.shape[1]
     if not num_layers * batch * slots:
         nothing = torch.zeros(num_layers, batch, slots, k, dtype=torch.int64, device=logits.device)
-        return OneToMany(nothing, nothing.bool(), nothing.to(at_least_float32(boxes).dtype))
+        return _Pairs(nothing, nothing.bool(), nothing.to(at_least_float32(boxes).dtype))
 
     # From here, P = N * B problems.
     logits = logits.flatten(0, 1)
@@ -149,7 +163,7 @@ def _reference(
     count = torch.zeros_like(labels).scatter_add_(1, best_target, kept.long())  # [P, T]
     taken = (torch.arange(k, device=count.device) < count[..., None]) & mask[..., None]
     pairs = top_query.masked_fill(~taken, 0), taken, top_score.masked_fill(~taken, -math.inf)
-    return OneToMany(*(field.unflatten(0, (num_layers, batch)) for field in pairs))
+    return _Pairs(*(field.unflatten(0, (num_layers, batch)) for field in pairs))
 
 
 def _chunks(problems: int, pairs: int, device: torch.device) -> list[slice]:
@@ -182,42 +196,8 @@ def _iou(a: Tensor, b: Tensor) -> Tensor:
     return intersection.div_(torch.threshold_(union, SMALLEST_AREA, 1.0))
 
 
-def one_to_many_with_classes(
-    logits: Tensor,
-    boxes: Tensor,
-    targets: Targets,
-    priority: Tensor,
-    *,
-    k: int,
-    threshold: float,
-    positive_fraction: float,
-    cost_box: float = 0.7,
-    cost_class: float = 0.3,
-    impl: Impl = "auto",
-) -> tuple[OneToMany, BestPairs]:
-    """`one_to_many`, and what each query is to predict; the arguments are the same."""
-    queries = logits.shape[2]
-    unsupported = None
-    if boxes.dtype == torch.float64:
-        unsupported = "the kernel computes in float32, got float64 boxes"
-    elif queries > _MAX_QUERIES:
-        unsupported = f"the kernel takes up to {_MAX_QUERIES} queries, got {queries}"
-    *pairs, target, target_class = torch.ops.msdetr.one_to_many(
-        logits.detach(),
-        boxes.detach(),
-        *targets,
-        priority,
-        min(k, queries),
-        threshold,
-        int(positive_fraction * queries),
-        cost_box,
-        cost_class,
-        resolve_impl("one_to_many", impl, boxes.device, unsupported),
-    )
-    return OneToMany(*pairs), BestPairs(target, target_class)
-
-
-def _best_pairs(pairs: OneToMany, targets: Targets, num_queries: int) -> BestPairs:
+def _best_of_queries(pairs: _Pairs, targets: Targets, num_queries: int) -> tuple[Tensor, Tensor]:
+    """`best_target` and `best_class` of `OneToMany`."""
     num_layers, batch, slots, _ = pairs.query_index.shape
     query, score = pairs.query_index.flatten(2), pairs.score.flatten(2)
     best = score.new_full((num_layers, batch, num_queries), float("-inf"))
@@ -227,7 +207,7 @@ def _best_pairs(pairs: OneToMany, targets: Targets, num_queries: int) -> BestPai
     target = query.new_full(best.shape, slots)
     target.scatter_reduce_(2, query, torch.where(wins, slot.flatten(2), slots), "amin")
     labels = torch.cat((targets.labels, targets.labels.new_full((batch, 1), -1)), dim=1)
-    return BestPairs(target, labels.expand(num_layers, -1, -1).gather(2, target))
+    return target, labels.expand(num_layers, -1, -1).gather(2, target)
 
 
 def _score(
@@ -319,7 +299,7 @@ def _assign(
             cost_box=cost_box,
             cost_class=cost_class,
         )
-        return *pairs, *_best_pairs(pairs, targets, logits.shape[2])
+        return *pairs, *_best_of_queries(pairs, targets, logits.shape[2])
     from msdetr.kernels import one_to_many as kernel
 
     return kernel.one_to_many(
