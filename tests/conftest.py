@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+
+# Tensors are small: threads would cost more than they bring, take the cores of other workers, and
+# round otherwise from machine to machine. Set before OpenMP starts, and for processes of tests.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
 # Without a GPU, kernels run in Triton's interpreter. It is chosen when they are imported.
