@@ -19,6 +19,23 @@ if not torch.cuda.is_available():
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Longest first: workers of pytest-xdist take files in this order, and end at about the same time.
+LONG_FILES = (
+    "engine/test_compile.py",
+    "engine/test_distributed.py",
+    "ops/test_ms_deform_attn_kernel.py",
+    "ops/test_assignment_kernels.py",
+    "cli/test_train.py",
+    "engine/test_trainer.py",
+    "test_benchmarks.py",
+    "losses/test_criterion.py",
+    "parity/test_models.py",
+    "model/test_detector.py",
+    "ops/test_ms_deform_attn_library.py",
+    "test_codegen.py",
+    "test_step_syncs.py",
+)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -37,6 +54,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        ranks = {ROOT / "tests" / name: rank for rank, name in enumerate(LONG_FILES)}
+        items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
     reasons = {}
     if not config.getoption("--slow"):
         reasons["slow"] = "trains for minutes: give --slow"
