@@ -50,7 +50,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="reference",
         help="implementation of the ops that tests/parity checks",
     )
-    parser.addoption("--slow", action="store_true", help="also run tests that train for minutes")
+    parser.addoption("--slow", action="store_true", help="also run tests that take minutes")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
     reasons = {}
     if not config.getoption("--slow"):
-        reasons["slow"] = "trains for minutes: give --slow"
+        reasons["slow"] = "takes minutes: give --slow"
     if not torch.cuda.is_available():
         reasons["gpu"] = "needs a CUDA device"
     for item in items:

@@ -168,19 +168,20 @@ def test_generated_code_computes_what_eager_code_does():
     assert_close(run(model, criterion, images_of(), targets_of(3, 1)), eager)
 
 
-def test_generated_layers_in_bfloat16(monkeypatch: pytest.MonkeyPatch):
-    # The layers alone: a C++ compiler takes a second for each of a hundred loops of a step.
-    model, criterion = new_step(two_stage=False, num_decoder_layers=1)
-    layers = (*model.encoder.layers, *model.decoder.layers)
-    some = [part for part in parts(model, criterion) if part.owner in layers]
-    monkeypatch.setattr(compile_module, "parts", lambda model, criterion: some)
+@pytest.mark.parametrize("what", ["layers", pytest.param("step", marks=pytest.mark.slow)])
+def test_generated_code_in_bfloat16(what: str, monkeypatch: pytest.MonkeyPatch):
+    model, criterion = new_step(two_stage=False, num_decoder_layers=1 if what == "layers" else 2)
+    if what == "layers":  # A step has a hundred loops, and each takes a C++ compiler a second.
+        layers = (*model.encoder.layers, *model.decoder.layers)
+        some = [part for part in parts(model, criterion) if part.owner in layers]
+        monkeypatch.setattr(compile_module, "parts", lambda model, criterion: some)
     eager, low = (
         run(model, criterion, images_of(), targets_of(3, 1), dtype)
         for dtype in (torch.float32, torch.bfloat16)
     )
     compile_step(model, criterion)
     compiled = run(model, criterion, images_of(), targets_of(3, 1), torch.bfloat16)
-    assert num_graphs() == len(layers)
+    assert num_graphs() >= 2
     assert_as_close(compiled, low, eager)
 
 
