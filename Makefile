@@ -12,6 +12,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
+# A process per core; a file's tests stay together, with its fixtures, in the order of tests/conftest.py.
+ALL_CORES := -n auto --dist loadfile --no-loadscope-reorder
+
 # Waiting OpenMP threads soon sleep: spinning, they slow the processes that share their cores.
 export GOMP_SPINCOUNT ?= 1000
 
@@ -40,9 +43,9 @@ install: $(VENV)/.installed  ## make .venv and install the package
 demo: $(VENV)/.installed  ## train a small MS-DETR on synthetic images, evaluate it, draw its predictions
 	$(BIN)/msdetr demo --output demo
 
-test: $(VENV)/.installed-dev  ## run the test suite
-	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest -q tests/parity -k "msda or one_to or losses" --impl triton
+test: $(VENV)/.installed-dev  ## run the test suite, on all cores
+	$(BIN)/python -m pytest $(ALL_CORES)
+	$(BIN)/python -m pytest $(ALL_CORES) -q tests/parity -k "msda or one_to or losses" --impl triton
 
 # Most valuable first. A step that fails or takes too long is named at the end; the others run all the
 # same, as long as there is time. Benchmarks write their rows as they come, so that none is lost.

@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+
+# Tensors are small: threads would cost more than they bring, take the cores of other workers, and
+# round otherwise from machine to machine. Set before OpenMP starts, and for processes of tests.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
 # Without a GPU, kernels run in Triton's interpreter. It is chosen when they are imported.
@@ -13,6 +18,23 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# Longest first: workers of pytest-xdist take files in this order, and end at about the same time.
+LONG_FILES = (
+    "engine/test_compile.py",
+    "engine/test_distributed.py",
+    "ops/test_ms_deform_attn_kernel.py",
+    "ops/test_assignment_kernels.py",
+    "cli/test_train.py",
+    "engine/test_trainer.py",
+    "test_benchmarks.py",
+    "losses/test_criterion.py",
+    "parity/test_models.py",
+    "model/test_detector.py",
+    "ops/test_ms_deform_attn_library.py",
+    "test_codegen.py",
+    "test_step_syncs.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,13 +50,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="reference",
         help="implementation of the ops that tests/parity checks",
     )
-    parser.addoption("--slow", action="store_true", help="also run tests that train for minutes")
+    parser.addoption("--slow", action="store_true", help="also run tests that take minutes")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        ranks = {ROOT / "tests" / name: rank for rank, name in enumerate(LONG_FILES)}
+        items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
     reasons = {}
     if not config.getoption("--slow"):
-        reasons["slow"] = "trains for minutes: give --slow"
+        reasons["slow"] = "takes minutes: give --slow"
     if not torch.cuda.is_available():
         reasons["gpu"] = "needs a CUDA device"
     for item in items:

@@ -231,9 +231,9 @@ from msdetr.data.coco import load_coco
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
-before, start = resident(), time.perf_counter()
+before, start = resident(), time.process_time()
 dataset = load_coco(Path(sys.argv[1]), Path("images"))
-print(len(dataset), len(dataset.boxes), time.perf_counter() - start, resident() - before)
+print(len(dataset), len(dataset.boxes), time.process_time() - start, resident() - before)
 """
 
 

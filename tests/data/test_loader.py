@@ -190,7 +190,12 @@ class ThreadCount(Dataset):
 
 
 def test_workers_use_one_thread(dataset):
-    (batch,) = build_eval_loader(with_workers(1), ThreadCount(dataset))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        (batch,) = build_eval_loader(with_workers(1), ThreadCount(dataset))
+    finally:
+        torch.set_num_threads(before)
     assert batch.image_ids.tolist() == [1]
 
 

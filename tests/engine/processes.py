@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-import socket
+import multiprocessing
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,11 +36,20 @@ PROGRESS = Progress(step=99, epoch=0, steps_per_epoch=100, config={}, label_map=
 
 Task = Callable[[Worker, Any], Any]
 
+_PRELOADED = ["torch._dynamo", "torch.distributed.checkpoint.hf_storage", "msdetr.engine.run"]
+
 
 def run_in_processes(task: Task, argument: Any, folder: Path, *, num_processes: int) -> list[Any]:
     """`task(worker, argument)` in gloo processes; the results in rank order, passed by file."""
+    # The system chooses a port that is free, and it stays taken until all is done.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    # Forked where all is imported: importing takes seconds of every process otherwise.
+    multiprocessing.set_forkserver_preload(_PRELOADED)
     torch.multiprocessing.start_processes(
-        _enter, (task, argument, folder, num_processes, _free_port()), num_processes
+        _enter,
+        (task, argument, folder, num_processes, store.port),
+        num_processes,
+        start_method="forkserver",
     )
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(num_processes)]
 
@@ -51,6 +60,9 @@ def _enter(rank: int, task: Task, argument: Any, folder: Path, world_size: int, 
         for name, value in (
             ("MASTER_ADDR", "127.0.0.1"),
             ("MASTER_PORT", port),
+            # As torchrun does: the store is the parent's.
+            ("TORCHELASTIC_USE_AGENT_STORE", True),
+            ("TORCHELASTIC_RESTART_COUNT", 0),
             ("WORLD_SIZE", world_size),
             ("RANK", rank),
             ("LOCAL_RANK", rank),
@@ -58,13 +70,6 @@ def _enter(rank: int, task: Task, argument: Any, folder: Path, world_size: int, 
             patch.setenv(name, str(value))
         with worker_from_environment("cpu") as worker:
             torch.save(task(worker, argument), folder / f"{rank}.pt")
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def train_run(worker: Worker, config: RunConfig) -> dict[str, Any]:

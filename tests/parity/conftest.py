@@ -17,7 +17,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if not cases:
         reason = f"no {' or '.join(marker.args)} cases in {folder}"
         cases = [pytest.param(None, marks=pytest.mark.skip(reason=reason))]
-    metafunc.parametrize("case", cases, ids=lambda case: getattr(case, "name", None))
+    metafunc.parametrize(
+        "case",
+        cases,
+        ids=lambda case: getattr(case, "name", None),
+        scope="module",  # one case after the other
+    )
 
 
 @pytest.fixture
