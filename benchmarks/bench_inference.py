@@ -17,24 +17,6 @@ from benchmarks.comparison import ComparisonOptions, collect, compare, print_row
 from benchmarks.inference_passes import build_pass
 from msdetr.cli.options import parse_options, user_errors
 
-_COLUMNS = {
-    "preset": "",
-    "implementation": "",
-    "dtype": "",
-    "batch": "",
-    "seconds_p50": ".4f",
-    "seconds_p80": ".4f",
-    "images_per_second": ".3f",
-    "speedup_over_published": ".2f",
-    "speedup_over_eager": ".2f",
-    "gpu_idle_share": ".3f",
-    "kernels": ".0f",
-    "host_reads": "",
-    "recompiles": "",
-    "peak_memory_mb": ".0f",
-    "model_flops_utilisation": ".3f",
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ComparisonOptions):
@@ -64,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             repetitions=options.passes,
         )
         found = collect(rows, options.output)
-    print_rows(found, _COLUMNS)
+    print_rows(found)
     return 0
 
 

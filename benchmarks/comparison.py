@@ -17,7 +17,7 @@ import math
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
@@ -402,12 +402,24 @@ def collect(rows: Iterable[Row], output: Path | None) -> list[Row]:
     return found
 
 
-def print_rows(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
-    """Print the columns, with their formats, in which some row has a value."""
-    used = {
-        name: spec for name, spec in columns.items() if any(row[name] is not None for row in rows)
+def print_rows(rows: Sequence[Row], parts: Sequence[str] = ()) -> None:
+    """Print the columns in which some row has a value; `parts` as for `compare`."""
+    columns = {
+        **dict.fromkeys(("preset", "implementation", "dtype", "batch"), ""),
+        **dict.fromkeys(("seconds_p50", "seconds_p80"), ".4f"),
+        **{f"{part}_seconds": ".4f" for part in parts},
+        "images_per_second": ".3f",
+        "speedup_over_published": ".2f",
+        "speedup_over_eager": ".2f",
+        "gpu_idle_share": ".3f",
+        "kernels": ".0f",
+        "host_reads": "",
+        "recompiles": "",
+        "peak_memory_mb": ".0f",
+        "model_flops_utilisation": ".3f",
     }
-    print_table(rows, used)
+    used = {name for name in columns if any(row[name] is not None for row in rows)}
+    print_table(rows, {name: spec for name, spec in columns.items() if name in used})
 
 
 def add_speedups(rows: Sequence[Row]) -> None:
