@@ -3,7 +3,7 @@
 PyTorch draws one Bernoulli number after the other there, which took a sixth of a training step.
 Here four elements share 64 random bits, so that `p` is rounded to a multiple of 2 ** -16; what is
 kept is scaled by the rounded probability, and the mean stays what it was. Other devices run
-PyTorch's. The operators are opaque: compiled code draws the numbers that eager code draws.
+PyTorch's. The operators are opaque: compiled code draws them as eager code does.
 """
 
 from __future__ import annotations

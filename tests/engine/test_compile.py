@@ -185,6 +185,19 @@ def test_generated_code_in_bfloat16(what: str, monkeypatch: pytest.MonkeyPatch):
     assert_as_close(compiled, low, eager)
 
 
+def test_a_captured_step_in_bfloat16():
+    """All parts, cut and differentiated as for generated code, which would take minutes."""
+    model, criterion = new_step(two_stage=False)
+    eager, low = (
+        run(model, criterion, images_of(), targets_of(3, 1), dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    compile_step(model, criterion, backend="aot_eager")
+    captured = run(model, criterion, images_of(), targets_of(3, 1), torch.bfloat16)
+    assert num_graphs() >= 9  # One per kind of part; layers share theirs.
+    assert_as_close(captured, low, eager)
+
+
 def test_no_recompilation_once_every_bucket_was_met():
     model, criterion = new_step(num_encoder_layers=2)
     compile_step(model, criterion, backend="eager")
