@@ -6,23 +6,16 @@ query, and each target then takes as many of its best queries as went to it, k a
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from msdetr.boxes import SMALLEST_AREA, at_least_float32
 from msdetr.ops.dispatch import Impl, register_kernel, resolve_impl
+from msdetr.ops.one_to_many_reference import WORST_SCORE, Pairs, find_pairs
 from msdetr.structures import Targets
 
-WORST_SCORE = -1.0
-"""Stands for a score that is not finite, below any score."""
-
-
 _MAX_QUERIES = 16384  # A program of the kernel holds a row of scores.
-_CHUNK_PAIRS = 2**19  # The reference's, on a CPU: 2 MiB per array, and few arrays at a time.
-_VECTOR = 64  # A multiple of the elements that PyTorch computes at a time, on any CPU.
 
 _LIBRARY = torch.library.Library("msdetr", "FRAGMENT")
 _LIBRARY.define(
@@ -46,14 +39,6 @@ class OneToMany(NamedTuple):
     T where the query is in no pair."""
     best_class: Tensor
     """[N, B, Q] int64, the class of that target, -1 where there is none."""
-
-
-class _Pairs(NamedTuple):
-    """The first fields of `OneToMany`."""
-
-    query_index: Tensor
-    mask: Tensor
-    score: Tensor
 
 
 def one_to_many(
@@ -116,87 +101,7 @@ def one_to_many(
     return OneToMany(*found)
 
 
-def _reference(
-    logits: Tensor,
-    boxes: Tensor,
-    targets: Targets,
-    priority: Tensor,
-    *,
-    k: int,
-    threshold: float,
-    limit: int,
-    cost_box: float,
-    cost_class: float,
-) -> _Pairs:
-    """The pairs of `one_to_many` in PyTorch.
-
-    Passes over all pairs are elementwise and in place where they can be: reductions that give
-    indices, comparisons that give booleans and fresh memory cost most.
-    """
-    num_layers, batch, queries, _ = logits.shape
-    slots = targets.labels.shape[1]
-    if not num_layers * batch * slots:
-        nothing = torch.zeros(num_layers, batch, slots, k, dtype=torch.int64, device=logits.device)
-        return _Pairs(nothing, nothing.bool(), nothing.to(at_least_float32(boxes).dtype))
-
-    # From here, P = N * B problems.
-    logits = logits.flatten(0, 1)
-    planes = _corners_and_area(boxes.flatten(0, 1))[:, :, None]  # [5, P, 1, Q]
-    target_planes = _corners_and_area(targets.boxes.to(planes.dtype))[..., None]
-    target_planes = target_planes.repeat(1, num_layers, 1, 1)  # [5, P, T, 1]
-    labels, mask = targets.labels.repeat(num_layers, 1), targets.mask.repeat(num_layers, 1)
-    found = []
-    for chunk in _chunks(len(logits), slots * queries, logits.device):
-        iou = _iou(planes[:, chunk], target_planes[:, chunk])
-        score = _score(iou, logits[chunk], labels[chunk], mask[chunk], cost_box, cost_class)
-        found.append((*_first_max(score), *_top_k_(score, k)))
-    best_score, best_target, top_score, top_query = (
-        torch.cat(parts) for parts in zip(*found, strict=True)
-    )
-
-    # An empty slot's best query means nothing; it must not become positive.
-    is_best = torch.zeros_like(best_target).scatter_add_(1, top_query[..., 0], mask.long())
-    positive = (best_score >= threshold) | (is_best > 0)
-    priority = priority.expand(num_layers, batch, queries).flatten(0, 1)
-    kept = positive & _lowest(priority, positive, limit)
-
-    count = torch.zeros_like(labels).scatter_add_(1, best_target, kept.long())  # [P, T]
-    taken = (torch.arange(k, device=count.device) < count[..., None]) & mask[..., None]
-    pairs = top_query.masked_fill(~taken, 0), taken, top_score.masked_fill(~taken, -math.inf)
-    return _Pairs(*(field.unflatten(0, (num_layers, batch)) for field in pairs))
-
-
-def _chunks(problems: int, pairs: int, device: torch.device) -> list[slice]:
-    """Problems of `pairs` pairs each, so many at a time that a CPU's caches hold their scores; all
-    at once on other devices."""
-    if device.type != "cpu":
-        return [slice(0, problems)]
-    # Whole vectors: PyTorch's sigmoid may round differently in what is left over at the end.
-    multiple = _VECTOR // math.gcd(_VECTOR, pairs)
-    size = multiple * max(1, round(_CHUNK_PAIRS / (multiple * pairs)))
-    return [slice(begin, begin + size) for begin in range(0, problems, size)]
-
-
-def _corners_and_area(boxes: Tensor) -> Tensor:
-    """Boxes [..., 4] cxcywh to x0, y0, x1, y1 and area, [5, ...]."""
-    center, size = at_least_float32(boxes).movedim(-1, 0).contiguous().split(2)
-    corners = torch.cat((center - 0.5 * size, center + 0.5 * size))
-    width, height = corners[2:] - corners[:2]
-    # A box whose area is not a number overlaps nothing, or has coordinates that are not numbers.
-    area = (width * height).nan_to_num_(1.0, math.inf, -math.inf)
-    return torch.cat((corners, area[None]))
-
-
-def _iou(a: Tensor, b: Tensor) -> Tensor:
-    """`msdetr.boxes.box_iou` by coordinate and in place, without temporaries [..., 4]."""
-    width = torch.minimum(a[2], b[2]).sub_(torch.maximum(a[0], b[0])).clamp_(min=0)
-    height = torch.minimum(a[3], b[3]).sub_(torch.maximum(a[1], b[1])).clamp_(min=0)
-    intersection = width.mul_(height)
-    union = (a[4] + b[4]).sub_(intersection)
-    return intersection.div_(torch.threshold_(union, SMALLEST_AREA, 1.0))
-
-
-def _best_of_queries(pairs: _Pairs, targets: Targets, num_queries: int) -> tuple[Tensor, Tensor]:
+def _best_of_queries(pairs: Pairs, targets: Targets, num_queries: int) -> tuple[Tensor, Tensor]:
     """`best_target` and `best_class` of `OneToMany`."""
     num_layers, batch, slots, _ = pairs.query_index.shape
     query, score = pairs.query_index.flatten(2), pairs.score.flatten(2)
@@ -208,68 +113,6 @@ def _best_of_queries(pairs: _Pairs, targets: Targets, num_queries: int) -> tuple
     target.scatter_reduce_(2, query, torch.where(wins, slot.flatten(2), slots), "amin")
     labels = torch.cat((targets.labels, targets.labels.new_full((batch, 1), -1)), dim=1)
     return target, labels.expand(num_layers, -1, -1).gather(2, target)
-
-
-def _score(
-    iou: Tensor, logits: Tensor, labels: Tensor, mask: Tensor, cost_box: float, cost_class: float
-) -> Tensor:
-    """[P, T, Q] from the IoU, which it overwrites, and logits [P, Q, K]; -inf in empty slots."""
-    index = labels[:, None].expand(-1, logits.shape[1], -1)
-    probability = at_least_float32(logits.gather(2, index)).sigmoid_()  # [P, Q, T]
-    score = iou.mul_(cost_box) + probability.mul_(cost_class).transpose(1, 2)
-    score = score.nan_to_num_(WORST_SCORE, WORST_SCORE, WORST_SCORE)
-    return score.clamp_(max=torch.where(mask, math.inf, -math.inf)[..., None])
-
-
-def _first_max(score: Tensor) -> tuple[Tensor, Tensor]:
-    """`score.max(dim=1)` of scores [P, T, Q], the first of equals, several times faster."""
-    slots = score.shape[1]
-    best = score.amax(dim=1, keepdim=True)
-    from_end = torch.arange(slots, 0, -1, dtype=score.dtype, device=score.device)[:, None]
-    first = slots - score.clone().eq_(best).mul_(from_end).amax(dim=1)
-    return best[:, 0], first.long()
-
-
-def _top_k_(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k highest scores of each row of [P, T, Q] and their queries, equals by index.
-
-    `torch.topk` promises no order among equals. Here the queries stand in groups, and the best of
-    each group is kept up to date: the next best query is the first best of the first best group.
-    Overwrites the scores.
-    """
-    problems, slots, queries = score.shape
-    size = max(size for size in range(1, math.isqrt(queries) + 1) if queries % size == 0)
-    score = score.view(-1, queries)
-    # Several times faster than `amax` over short rows.
-    groups = torch.max_pool1d(score, size, size)  # [P * T, Q / size]
-    members = torch.arange(size, device=score.device)
-    scores, indices = [], []
-    for place in range(k):
-        best, group = groups.max(dim=1, keepdim=True)
-        index = group * size + members
-        group_scores = score.gather(1, index)
-        member = group_scores.argmax(dim=1, keepdim=True)
-        scores.append(best)
-        indices.append(group * size + member)
-        if place == k - 1:
-            break
-        group_scores.scatter_(1, member, -math.inf)
-        score.scatter_(1, indices[-1], -math.inf)
-        groups.scatter_(1, group, group_scores.amax(dim=1, keepdim=True))
-    shape = (problems, slots, k)
-    return torch.cat(scores, dim=1).view(shape), torch.cat(indices, dim=1).view(shape)
-
-
-def _lowest(priority: Tensor, among: Tensor, limit: int) -> Tensor:
-    """[P, Q] bool, True for the `limit` lowest priorities of those in `among`, equals by index."""
-    if limit >= priority.shape[-1]:
-        return among
-    if limit <= 0:
-        return torch.zeros_like(among)
-    priority = at_least_float32(priority).masked_fill(~among, math.inf)
-    highest = priority.topk(limit, largest=False, sorted=False).values.amax(-1, keepdim=True)
-    lower, equal = priority < highest, priority == highest
-    return lower | (equal & (equal.cumsum(-1) <= limit - lower.sum(-1, keepdim=True)))
 
 
 def _assign(
@@ -288,7 +131,7 @@ def _assign(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if impl == "reference":
         targets = Targets(labels, target_boxes, count)
-        pairs = _reference(
+        pairs = find_pairs(
             logits,
             boxes,
             targets,

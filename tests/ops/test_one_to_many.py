@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from msdetr.boxes import box_iou, cxcywh_to_xyxy
-from msdetr.ops import one_to_many as module
+from msdetr.ops import one_to_many_reference as reference
 from msdetr.ops.one_to_many import OneToMany, one_to_many
 from msdetr.structures import Targets
 
@@ -357,32 +357,39 @@ def test_best_first():
 
 
 @pytest.mark.parametrize("queries", [12, 16])
-def test_chunks_do_not_matter(queries, monkeypatch):
+@pytest.mark.parametrize("parts", ["_CHUNK_PAIRS", "_BLOCK_PAIRS"])
+def test_parts_do_not_matter(parts, queries, monkeypatch):
     scene = random_scene((4, 0, 7, 2, 1), layers=7, queries=queries)
     priority = torch.rand(7, 5, queries)
     whole = one_to_many(*scene, priority, **OPTIONS)
-    monkeypatch.setattr(module, "_CHUNK_PAIRS", 1)
-    number = len(module._chunks(35, scene.targets.mask.shape[1] * queries, torch.device("cpu")))
-    assert number > 1
+    monkeypatch.setattr(reference, parts, 1)
+    pairs = scene.targets.mask.shape[1] * queries
+    assert len(reference._parts(35, pairs, 1, torch.device("cpu"))) > 1
     assert_same(one_to_many(*scene, priority, **OPTIONS), whole)
 
 
 @pytest.mark.parametrize("queries", [1, 7, 30, 36])
-def test_top_k_is_a_stable_sort(queries):
-    score = torch.randint(3, (3, 5, queries)).float()
-    score[0, 0] = -math.inf
+@pytest.mark.parametrize("most", [0, 1, 3, 6])
+def test_top_k_is_a_stable_sort(most, queries):
+    scores = torch.randint(3, (15, queries)).float()
+    scores[0] = -math.inf
     k = min(queries, 6)
-    expected = score.sort(dim=2, descending=True, stable=True)
-    values, indices = module._top_k_(score.clone(), k)
-    finite = values > -math.inf
-    assert torch.equal(values, expected.values[..., :k])
-    assert torch.equal(indices[finite], expected.indices[..., :k][finite])
+    count = torch.randint(min(most, k) + 1, (15,))
+    expected = scores.sort(dim=1, descending=True, stable=True)
+    size = {1: 1, 7: 1, 30: 5, 36: 6}[queries]
+    groups = scores.view(15, -1, size).amax(-1)
+    first = reference._best_of_rows(scores, groups, torch.arange(15))
+    values, indices = reference._top_k_(scores.clone(), groups, first, count, k)
+    wanted = torch.arange(k) < count[:, None]
+    assert torch.equal(values[wanted], expected.values[:, :k][wanted])
+    wanted[0] = False  # which of its queries does not matter
+    assert torch.equal(indices[wanted], expected.indices[:, :k][wanted])
 
 
 def test_first_max_is_that_of_torch():
     score = torch.randint(3, (4, 7, 11)).float()
     score[0] = -math.inf
-    assert all(map(torch.equal, module._first_max(score), score.max(dim=1)))
+    assert all(map(torch.equal, reference._first_max(score), score.max(dim=1)))
 
 
 @pytest.mark.parametrize("limit", [0, 1, 5, 11, 20])
@@ -390,7 +397,7 @@ def test_the_lowest_are_those_of_a_stable_sort(limit):
     priority, among = torch.randint(4, (40, 11)).float(), torch.rand(40, 11) < 0.6
     order = priority.masked_fill(~among, math.inf).argsort(dim=1, stable=True)
     expected = torch.zeros_like(among).scatter_(1, order[:, :limit], True) & among
-    assert torch.equal(module._lowest(priority, among, limit) & among, expected)
+    assert torch.equal(reference._lowest(priority, among, limit) & among, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -402,9 +409,10 @@ def test_iou_is_that_of_boxes(dtype):
     boxes = torch.cat((random_scene((3,), queries=40, dtype=dtype).boxes[0, 0], odd))[None]
     usual = random_scene((3,), dtype=dtype).targets.boxes
     targets = torch.cat((usual, torch.tensor([[[0.5, 0.5, 1e-16, 1e-16]]], dtype=dtype)), dim=1)
-    found = module._iou(
-        module._corners_and_area(boxes)[:, :, None],
-        module._corners_and_area(targets)[..., None],
-    )
+    planes = reference._corners_and_area(boxes)[:, :, None]
+    target_planes = reference._corners_and_area(targets)[..., None]
+    out = torch.empty(1, targets.shape[1], boxes.shape[1], dtype=dtype)
+    found = reference._iou(planes, target_planes, out)
+    assert found is out
     expected = box_iou(cxcywh_to_xyxy(boxes)[:, None], cxcywh_to_xyxy(targets)[:, :, None])
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
