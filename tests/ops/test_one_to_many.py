@@ -377,9 +377,11 @@ def test_top_k_is_a_stable_sort(most, queries):
     count = torch.randint(min(most, k) + 1, (15,))
     expected = scores.sort(dim=1, descending=True, stable=True)
     size = {1: 1, 7: 1, 30: 5, 36: 6}[queries]
-    groups = scores.view(15, -1, size).amax(-1)
-    first = reference._best_of_rows(scores, groups, torch.arange(15))
-    values, indices = reference._top_k_(scores.clone(), groups, first, count, k)
+    in_groups = scores.view(-1, size).clone()
+    groups = in_groups.amax(-1).view(15, -1)
+    begin = torch.arange(0, len(in_groups), groups.shape[1])
+    best = reference._best_of_rows(in_groups, groups, begin)
+    values, indices = reference._top_k_(in_groups, groups, best, count, k)
     wanted = torch.arange(k) < count[:, None]
     assert torch.equal(values[wanted], expected.values[:, :k][wanted])
     wanted[0] = False  # which of its queries does not matter
