@@ -327,6 +327,8 @@ def compile_case(case: Case, architecture: Architecture) -> list[Code]:
     run = JITFunction.run
 
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:
+        if "enable_fp_fusion" not in constants:
+            raise ValueError(f"{kernel.__name__}: enable_fp_fusion is left to Triton's default")
         code = run(kernel, *args, grid=grid, warmup=True, **constants)
         codes.append(
             Code(

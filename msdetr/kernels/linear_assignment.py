@@ -351,6 +351,7 @@ def linear_assignment(
         "num_warps": max(1, min(block // 128, 8)),
         # Strides known only to the program take registers, which ptxas would spill to save.
         "maxnreg": 96 if targets > queries else None,
+        "enable_fp_fusion": False,
     }
     best_columns_kernel[(problems, rows)](cost, count, links, *sizes, *cost.stride(), **launch)
     linear_assignment_kernel[(problems,)](

@@ -305,6 +305,7 @@ def one_to_many(
         K=k,
         BLOCK=block,
         num_warps=num_warps,
+        enable_fp_fusion=False,
     )
     select_kernel[(problems,)](
         best_score,
@@ -327,5 +328,6 @@ def one_to_many(
         TARGETS=max(_PAIRS // padded_k, 1),
         BLOCK=block,
         num_warps=num_warps,
+        enable_fp_fusion=False,
     )
     return query_index, mask, top_score, target, target_class
