@@ -1,45 +1,29 @@
-"""The benchmark of assignment: what it compares with, and that it refuses what is wrong."""
+"""The benchmark of assignment: what it times, what it refuses, and the rows that it writes."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from benchmarks import bench_assignment
-from benchmarks.bench_assignment import (
-    CONFIG,
+from benchmarks.assignment_cases import Case, Inputs
+from benchmarks.assignment_implementations import (
     IMPLEMENTATIONS,
-    Case,
-    Inputs,
-    Options,
-    Pairs,
-    choose_implementations,
-    dense_one_to_many,
+    Implementation,
     dense_one_to_one,
-    image_targets,
-    main,
-    make_inputs,
-    plan,
-    published_one_to_many,
-    published_one_to_one,
-    taken_pairs,
-    time_in_turns,
-    torch_linear_assignment,
-    what_is_wrong,
 )
-from msdetr.assignment.one_to_many import assign_one_to_many
-from msdetr.structures import Predictions
-from parity.golden import GoldenCase, find_cases
+from benchmarks.bench_assignment import (
+    Options,
+    choose_implementations,
+    main,
+    plan,
+    time_in_turns,
+)
 
-GOLDEN = Path(__file__).parent / "golden"
 CPU = torch.device("cpu")
 TINY = ["--batches", "2", "--queries", "12", "--targets", "3", "--anchors", "20"]
 TINY += ["--repetitions", "2", "--device", "cpu"]
@@ -66,153 +50,6 @@ ROW_FIELDS = {
     "commit": str,
     "threads": int,
 }
-
-
-def golden_inputs(case: GoldenCase, task: str) -> Inputs:
-    targets = case.targets()
-    logits, boxes = case.tensor("pred_logits")[None], case.tensor("pred_boxes")[None]
-    priority = (
-        case.tensor("priority")[None] if "priority" in case.arrays else torch.rand(logits.shape[:3])
-    )
-    return Inputs(task, logits, boxes, targets, image_targets(targets), priority)
-
-
-def golden_pairs(case: GoldenCase, inputs: Inputs) -> Tensor:
-    pairs = [
-        torch.from_numpy(case.arrays[f"pairs{image}"]).unbind(1)
-        for image in range(len(inputs.image_targets))
-    ]
-    return taken_pairs([pairs], inputs)
-
-
-@pytest.mark.parametrize("case", find_cases(GOLDEN, ("o2m_",)), ids=lambda case: case.name)
-def test_the_restated_one_to_many_is_the_published_one(case: GoldenCase) -> None:
-    inputs = golden_inputs(case, "one_to_many")
-    result = published_one_to_many(inputs, k=case.info["k"], threshold=case.info["threshold"])
-    assert torch.equal(taken_pairs(result, inputs), golden_pairs(case, inputs))
-
-    assert torch.equal(last_class(result, inputs)[0], case.tensor("target_class"))
-
-
-def last_class(pairs: Pairs, inputs: Inputs) -> Tensor:
-    """[N, B, Q], the class of the last pair of each query, -1 for none."""
-    target_class = torch.full(inputs.logits.shape[:3], -1)
-    for layer, images in enumerate(pairs):
-        for image, (queries, targets) in enumerate(images):
-            labels = inputs.image_targets[image][0]
-            for query, target in zip(queries.tolist(), targets.tolist(), strict=True):
-                target_class[layer, image, query] = labels[target]
-    return target_class
-
-
-def test_the_restated_pairs_are_in_ascending_order_of_score() -> None:
-    inputs = make_inputs(Case("one_to_many", 2, 12, 8))
-    pairs = published_one_to_many(inputs)
-    served = taken_pairs(pairs, inputs).sum(2)
-    assert served.max() > 1
-    expected = assign_one_to_many(
-        Predictions(inputs.logits, inputs.boxes),
-        inputs.targets,
-        CONFIG,
-        priority=inputs.priority,
-        impl="reference",
-    )
-    assert torch.equal(last_class(pairs, inputs), expected.target_class)
-
-
-@pytest.mark.parametrize("case", find_cases(GOLDEN, ("o2o_",)), ids=lambda case: case.name)
-def test_the_restated_one_to_one_is_the_published_one(case: GoldenCase) -> None:
-    weights = case.info["cost"]
-    assert (weights["class_"], weights["bbox"], weights["giou"]) == (
-        CONFIG.cost_class,
-        CONFIG.cost_bbox,
-        CONFIG.cost_giou,
-    )
-    inputs = golden_inputs(case, "one_to_one")
-    taken = taken_pairs(published_one_to_one(inputs), inputs)
-    assert torch.equal(taken, golden_pairs(case, inputs))
-
-
-def ragged_inputs(task: str) -> Inputs:
-    """Three images with 5, 0 and 2 targets."""
-    inputs = make_inputs(Case(task, 3, 30, 5))
-    targets = inputs.targets._replace(count=torch.tensor([5, 0, 2]))
-    return inputs._replace(targets=targets, image_targets=image_targets(targets))
-
-
-@pytest.mark.parametrize(
-    ("name", "task"),
-    [
-        (name, task)
-        for name in ("reference", "published", "scipy")
-        for task in IMPLEMENTATIONS[name].runs
-    ],
-)
-def test_all_agree_on_ragged_images(name: str, task: str) -> None:
-    inputs = ragged_inputs(task)
-    assert what_is_wrong(IMPLEMENTATIONS[name].runs[task](inputs), inputs) is None
-
-
-def test_the_draw_is_exercised() -> None:
-    inputs = make_inputs(Case("one_to_many", 2, 300, 20))
-    kept = dense_one_to_many(inputs, "reference").mask.sum((2, 3))
-    assert kept.max() == int(CONFIG.positive_fraction * 300)
-
-
-def test_a_missing_pair_is_wrong() -> None:
-    inputs = make_inputs(Case("one_to_many", 2, 30, 5))
-    pairs = dense_one_to_many(inputs, "reference")
-    mask = pairs.mask.clone()
-    mask[3, 1, 2, 0] = False
-    wrong = what_is_wrong(pairs._replace(mask=mask), inputs)
-    assert wrong == "other numbers of queries per target"
-
-
-def test_a_worse_query_is_wrong() -> None:
-    inputs = make_inputs(Case("one_to_many", 2, 30, 5))
-    pairs = dense_one_to_many(inputs, "reference")
-    query_index = pairs.query_index.clone()
-    taken = taken_pairs(pairs, inputs)[3, 1, 2]
-    query_index[3, 1, 2, 0] = int((~taken).nonzero()[0, 0])
-    wrong = what_is_wrong(pairs._replace(query_index=query_index), inputs)
-    assert wrong is not None
-    assert "values differ" in wrong
-
-
-def test_a_costlier_assignment_is_wrong() -> None:
-    inputs = make_inputs(Case("one_to_one", 2, 30, 5))
-    query, mask = dense_one_to_one(inputs, "reference")
-    query = query.clone()
-    query[4, 0] = next(index for index in range(30) if index not in query[4].tolist())
-    wrong = what_is_wrong((query, mask), inputs)
-    assert wrong is not None
-    assert "values differ" in wrong
-
-
-def test_a_query_with_two_targets_is_wrong_where_it_must_have_one() -> None:
-    inputs = make_inputs(Case("one_to_one", 1, 8, 2))
-    # Queries are all the same, so that no assignment costs more than another.
-    logits, boxes = (x[:, :, :1].expand_as(x) for x in (inputs.logits, inputs.boxes))
-    inputs = inputs._replace(logits=logits, boxes=boxes)
-    query, mask = dense_one_to_one(inputs, "reference")
-    assert what_is_wrong((query, mask), inputs) is None
-    both = query[:, :1].expand(-1, 2)
-    assert what_is_wrong((both, mask), inputs) == "queries that serve several targets"
-
-
-def test_torch_linear_assignment_is_given_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def batch_linear_assignment(cost: Tensor) -> Tensor:
-        """As the package: [P, workers, tasks], the task of each worker."""
-        assert cost.shape == (18, 5, 30)
-        return torch.stack(
-            [torch.from_numpy(linear_sum_assignment(problem.numpy())[1]) for problem in cost]
-        )
-
-    package: Any = ModuleType("torch_linear_assignment")
-    package.batch_linear_assignment = batch_linear_assignment
-    monkeypatch.setitem(sys.modules, "torch_linear_assignment", package)
-    inputs = ragged_inputs("one_to_one")
-    assert what_is_wrong(torch_linear_assignment(inputs), inputs) is None
 
 
 def test_calls_take_turns() -> None:
@@ -285,7 +122,7 @@ def test_one_that_is_wrong_is_not_timed(
         query, mask = dense_one_to_one(inputs, "reference")
         return torch.arange(query.shape[1]).expand_as(query), mask
 
-    wrong = bench_assignment.Implementation("scipy", {"encoder": first_queries})
+    wrong = Implementation(name="scipy", one_to_one=first_queries)
     monkeypatch.setitem(IMPLEMENTATIONS, "scipy", wrong)
     assert main([*TINY, "--tasks", "encoder", "--implementations", "scipy"]) == 1
     assert "wrong: values differ" in capsys.readouterr().out
