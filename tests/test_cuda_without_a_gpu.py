@@ -1,0 +1,114 @@
+"""What tensors of a GPU pass through, on fake ones: their devices and types, without their values.
+
+Autocast has rules of its own for CUDA, operators have kernels of their own, and a tensor of the
+host among them is an error, as is a value that is read. Autograd's backward pass needs a real GPU.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.detector_cases import Case, Dtype
+from msdetr.engine.device import autocast
+from msdetr.evaluation.postprocess import postprocess
+from msdetr.losses.criterion import Criterion
+from msdetr.model.detector import build_detector
+from msdetr.structures import ImageBatch, Targets
+
+DEVICE = torch.device("cuda", 0)
+
+
+class Kernels(TorchDispatchMode):
+    """Which of our operators run, and the type of the first argument of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[tuple[str, torch.dtype]] = Counter()
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if operator.namespace == "msdetr":
+            self.calls[operator.overloadpacket.__name__, args[0].dtype] += 1
+            if "impl" in (argument.name for argument in operator._schema.arguments):
+                assert "triton" in args
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def _autocast_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+
+
+@pytest.mark.usefixtures("_autocast_as_on_a_gpu")
+@pytest.mark.parametrize(
+    ("preset", "dtype"),
+    [
+        ("ms-detr-r50-300", "bfloat16"),
+        ("ms-detr-pp-r50-300", "bfloat16"),
+        ("deformable-detr-r50", "float32"),  # one stage
+    ],
+)
+def test_detector_and_criterion(preset: str, dtype: Dtype) -> None:
+    config = Case(preset=preset, dtype=dtype).config
+    detector = build_detector(config.model, initialize_backbone=False)
+    named = {**dict(detector.named_parameters()), **dict(detector.named_buffers())}
+    lower = getattr(torch, dtype)
+    with FakeTensorMode():
+        state = {
+            name: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE)
+            for name, x in named.items()
+        }
+        images = ImageBatch(
+            torch.empty(2, 3, 256, 320, dtype=torch.uint8, device=DEVICE),
+            torch.empty(2, 2, dtype=torch.int64, device=DEVICE),
+        )
+        targets = Targets(
+            torch.empty(2, 8, dtype=torch.int64, device=DEVICE),
+            torch.empty(2, 8, 4, device=DEVICE),
+            torch.empty(2, dtype=torch.int64, device=DEVICE),
+        )
+        criterion = Criterion(config.assignment, config.loss)
+        with Kernels() as kernels:
+            anchors = detector.anchors(images)
+            encoder_assignment = criterion.assign_encoder(anchors, targets)
+            with autocast(DEVICE, dtype):
+                output = torch.func.functional_call(detector, state, (images,))
+            losses = criterion(
+                output,
+                targets,
+                encoder_assignment=encoder_assignment,
+                num_targets=torch.ones((), device=DEVICE),
+                priority=torch.rand(output.one_to_one.logits.shape[:3], device=DEVICE),
+            )
+        detector.eval()
+        with torch.no_grad(), autocast(DEVICE, dtype):
+            answer = torch.func.functional_call(detector, state, (images,))
+        detections = postprocess(
+            answer.one_to_one, images.sizes, max_detections=100, nms_iou_threshold=None
+        )
+
+    found = [leaf for leaf in tree_leaves((output, losses, detections)) if isinstance(leaf, Tensor)]
+    assert {tensor.device for tensor in found} == {DEVICE}
+    assert output.one_to_one.logits.dtype == lower
+    assert output.one_to_one.boxes.dtype == torch.float32
+    assert {x.dtype for x in (losses.total, *losses.terms.values())} == {torch.float32}
+    branches = len(losses.terms) // 3
+    assert kernels.calls == {
+        ("ms_deform_attn_fused", lower): 12,
+        ("focal_loss", lower): branches,
+        ("matching_cost", lower): 1,
+        ("linear_assignment", torch.float32): 1 + (output.encoder is not None),
+        **({} if output.one_to_many is None else {("one_to_many", lower): 1}),
+        # Of the encoder's proposals, whose logits are not read: boxes stand for them.
+        **({} if output.encoder is None else {("matching_cost", torch.float32): 1}),
+    }
