@@ -88,6 +88,7 @@ def graph_seconds(calls: Sequence[Call], *, replays: int) -> list[float]:
         RuntimeError: a call cannot be captured, because it reads the device for example.
     """
     _warm_up(calls)
+    _refuse_waits(calls)
     graph = _capture(calls, rounds=1)
     # The first replay uploads the graph.
     estimate = min(_replay_seconds(graph, replays=3)[1:])
@@ -183,6 +184,17 @@ def _warm_up(calls: Sequence[Call]) -> None:
         for call in calls:
             call()
     torch.cuda.synchronize()
+
+
+def _refuse_waits(calls: Sequence[Call]) -> None:
+    """Raise what a capture would, where a call waits for the GPU. After a capture that failed,
+    torch's random generator and allocator still count as captured, and later work fails."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for call in calls:
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def _capture(calls: Sequence[Call], *, rounds: int) -> torch.cuda.CUDAGraph:

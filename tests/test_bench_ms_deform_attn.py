@@ -452,13 +452,30 @@ def test_gpu_timers_agree() -> None:
     assert 2 * 64 * 2**20 / (graph / 1e6) == pytest.approx(bandwidth, rel=0.6)
 
 
+def test_what_waits_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch does not recover from a capture that fails."""
+    modes = ["default"]
+
+    def reads_the_device() -> None:
+        if modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(device_time, "_capture", lambda *_, **__: pytest.fail("it was captured"))
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        device_time.graph_seconds([reads_the_device], replays=2)
+    assert modes == ["default", "error", "default"]
+
+
 @pytest.mark.gpu
 def test_what_cannot_be_captured_is_profiled() -> None:
     x = torch.ones(1000, device=DEVICE)
     with device_time.work_on(DEVICE):
         timing = time_calls([lambda: x.sum().item()], DEVICE)
         assert timing.timer == "profiler"
-        # And the device still works, and still captures.
+        # And the device still works, still draws, and still captures.
+        assert torch.rand(10, device=DEVICE).isfinite().all()
         assert time_calls([lambda: x.sum()], DEVICE).timer == "graph"
 
 
