@@ -2,7 +2,8 @@
 
 On a CPU those of a case live side by side and take turns call by call, so that what else the
 machine does hits all. On a GPU they follow each other, so that each has its memory to itself, and
-the calls of one follow each other without the host waiting in between.
+the calls of one follow each other without the host waiting in between. One that fails there does
+not keep the others from being measured.
 
 Before anything is timed, implementations of one function must agree in value: in float32 to
 `TOLERANCES`, without TF32. Bfloat16 differs by more than its rounding where a proposal or an
@@ -16,6 +17,7 @@ import itertools
 import math
 import tempfile
 import time
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -294,7 +296,25 @@ def compare(
 
     Raises:
         ValueError: an implementation cannot run here, or computes something else than the first.
+            On a GPU it is raised after all others were measured, for errors of any kind.
     """
+    failed: list[str] = []
+    yield from _rows(cases, options, build, benchmark, parts, repetitions, clock, failed)
+    if failed:
+        raise ValueError("; ".join(failed))
+
+
+def _rows(
+    cases: Iterable[Case],
+    options: ComparisonOptions,
+    build: Build,
+    benchmark: str,
+    parts: Sequence[str],
+    repetitions: int,
+    clock: Callable[[], float],
+    failed: list[str],
+) -> Iterator[Row]:
+    """As `compare`, which passes its arguments on. Appends what fails on a GPU to `failed`."""
     begin = clock()
     device = resolve_device(options.device)
     chosen = choose_implementations(options.implementations, device, options.published)
@@ -320,6 +340,12 @@ def compare(
                     rows = _measure(setups, build, agreement, options, repetitions, parts)
                 except torch.OutOfMemoryError:
                     print(f"left out, as memory ran out: {', '.join(group)} of {case}")
+                    continue
+                except Exception as error:
+                    if device.type == "cpu":
+                        raise
+                    traceback.print_exception(error)
+                    failed.append(f"{', '.join(group)} of {case}: {error}")
                     continue
                 yield from ({"benchmark": benchmark, **row} for row in rows)
 
@@ -395,6 +421,8 @@ def collect(rows: Iterable[Row], output: Path | None) -> list[Row]:
         for row in rows:
             found.append(row)
             add_speedups(found)
+            what = " ".join(str(row[name]) for name in ("preset", "implementation", "dtype"))
+            print(f"{what} batch {row['batch']}: {row['seconds_p50']:.4f} s", flush=True)
             if output is not None:
                 write_rows(output, found)
     except CompileError as error:

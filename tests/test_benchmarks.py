@@ -7,12 +7,13 @@ import functools
 import importlib.util
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import bench_inference, bench_train_step
+from benchmarks import bench_inference, bench_train_step, comparison
 from benchmarks.bench_train_step import Options
 from benchmarks.common import PhaseTimer, percentiles
 from benchmarks.comparison import (
@@ -20,6 +21,7 @@ from benchmarks.comparison import (
     Setup,
     add_speedups,
     check_same_values,
+    collect,
     compare,
     too_slow,
     without_tf32,
@@ -295,6 +297,26 @@ def test_no_process_starts_after_the_budget(capsys: pytest.CaptureFixture[str]) 
     )
     assert list(rows) == []
     assert "time budget used up before eager" in capsys.readouterr().out
+
+
+def test_on_a_gpu_one_that_fails_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def measure(setups: Sequence[Setup], *_: object) -> list[dict[str, object]]:
+        (setup,) = setups
+        if setup.implementation == "compiled-graphs":
+            raise RuntimeError("not captured")
+        return [{**_row(setup.implementation, setup.case.dtype, 10.0), "seconds_p50": 0.2}]
+
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(comparison, "resolve_device", lambda _: gpu)
+    monkeypatch.setattr(comparison, "_measure", measure)
+    options = Options(implementations=("compiled-graphs", "eager"), time_budget=1e3)
+    rows = compare(options.cases, options, OurStep, benchmark="train_step", repetitions=1)
+    path = tmp_path / "rows.json"
+    with pytest.raises(ValueError, match=r"^compiled-graphs of Case.*: not captured$"):
+        collect(rows, path)
+    assert [row["implementation"] for row in json.loads(path.read_text())] == ["eager"]
 
 
 def _row(implementation: str, dtype: str, rate: float, batch: int = 2) -> dict[str, object]:
