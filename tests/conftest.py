@@ -17,6 +17,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# What tests compare in float32 is float32: by default a GPU's convolutions round to TF32.
+torch.backends.cudnn.allow_tf32 = False
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Longest first: workers of pytest-xdist take files in this order, and end at about the same time.

@@ -276,12 +276,12 @@ def test_values_that_differ_are_refused(expected: dict[str, float]) -> None:
         check_same_values({"total": 2.0, "loss_ce": 0.5}, expected, tolerance=1e-3)
 
 
-def test_values_are_compared_without_tf32() -> None:
-    before = torch.backends.cudnn.allow_tf32
+def test_values_are_compared_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     with without_tf32():
         assert not torch.backends.cudnn.allow_tf32
         assert torch.backends.cudnn.enabled
-    assert torch.backends.cudnn.allow_tf32 == before
+    assert torch.backends.cudnn.allow_tf32
 
 
 def test_no_process_starts_after_the_budget(capsys: pytest.CaptureFixture[str]) -> None:
