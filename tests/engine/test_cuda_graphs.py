@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -161,6 +162,7 @@ def test_graphs_do_not_take_shards():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("mode", ["off", "on"])
 def test_graphs_on_a_gpu(shapes: Path, tmp_path: Path, mode: str):
+    """With the same random numbers: which one-to-many positives are kept is drawn."""
     losses = []
     for cuda_graphs in (False, True):
         run = dataclasses.replace(
@@ -171,7 +173,10 @@ def test_graphs_on_a_gpu(shapes: Path, tmp_path: Path, mode: str):
         )
         trainer = build_trainer(run, Worker(device=torch.device("cuda", 0)))
         trainer.train()
-        losses.append((run.output / "metrics.jsonl").read_text().count("\n"))
-        losses.append(float(trainer.model.level_embed.sum()))
-    assert losses[0] == losses[2]
-    assert losses[1] == pytest.approx(losses[3], rel=1e-3)
+        rows = map(json.loads, (run.output / "metrics.jsonl").read_text().splitlines())
+        losses.append([row["loss"] for row in rows])
+    eager, replayed = losses
+    assert len(eager) == 6
+    # The update is recorded at the second step. Adam blows up rounding: runs drift apart.
+    assert replayed[:3] == pytest.approx(eager[:3], rel=1e-3)
+    assert replayed == pytest.approx(eager, rel=3e-2)
