@@ -1,5 +1,6 @@
-# Everything runs in .venv, made on first use, except for `make gpu`: that takes PYTHON as it is, so
-# that it works without a network. `make demo` and `make test` need Python 3.11+ and make.
+# Everything runs in .venv, made on first use, except for `make gpu-tests` and `make gpu`: those take
+# PYTHON as it is, so that they work without a network. `make demo` and `make test` need Python 3.11+
+# and make.
 
 PYTHON ?= python3
 # Where `make gpu` stores its rows, how many seconds it may take, and the folder of the published code,
@@ -7,6 +8,7 @@ PYTHON ?= python3
 OUT ?= benchmarks/results
 GPU_SECONDS ?= 570
 PUBLISHED ?=
+GPU_PROCESSES ?= -n 8
 GPU_SIZE := --device cuda --height 800 --width 1333
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,7 +21,7 @@ ALL_CORES := -n auto --dist loadfile --no-loadscope-reorder
 export GOMP_SPINCOUNT ?= 1000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test gpu lint format clean
+.PHONY: help install demo test gpu-tests gpu lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,26 +50,46 @@ test: $(VENV)/.installed-dev  ## run the test suite, on all cores
 	$(BIN)/python -m pytest $(ALL_CORES) -q tests/parity -k "msda or one_to or losses" --impl triton
 
 # Most valuable first. A step that fails or takes too long is named at the end; the others run all the
-# same, as long as there is time. Benchmarks write their rows as they come, so that none is lost.
-gpu:  ## GPU tests, benchmarks of the whole detector and its parts, generated code; JSON rows in OUT
-	@mkdir -p "$(OUT)"; begin=$$(date +%s); failed=""; \
-	left() { echo $$(($(GPU_SECONDS) + begin - $$(date +%s))); }; \
-	step() { \
-		name=$$1; limit=$$2; shift 2; \
-		if [ "$$limit" -gt "$$(left)" ]; then limit=$$(left); fi; \
-		if [ "$$limit" -lt 30 ]; then echo "== no time left for $$name"; return; fi; \
-		echo "== $$name"; timeout "$$limit" $(PYTHON) -m "$$@" || failed="$$failed $$name"; \
-	}; \
+# same, as long as there is time. Tests are told as they end, and benchmarks write their rows as they
+# come, so that none is lost.
+define GPU_STEPS
+begin=$$(date +%s); failed=""; \
+left() { echo $$(($(GPU_SECONDS) + begin - $$(date +%s))); }; \
+step() { \
+	name=$$1; limit=$$2; shift 2; \
+	if [ "$$limit" -gt "$$(left)" ]; then limit=$$(left); fi; \
+	if [ "$$limit" -lt 30 ]; then echo "== no time left for $$name"; return; fi; \
+	echo "== $$name"; timeout "$$limit" $(PYTHON) -m "$$@" || failed="$$failed $$name"; \
+}
+endef
+
+# Kernels compile on the host, so that several processes share the GPU; what measures has it alone.
+gpu-tests:  ## on a GPU: tests of the kernels, and those that need one
+	@$(GPU_STEPS); \
+	tests() { name=$$1; limit=$$2; shift 2; step "$$name" "$$limit" pytest -v --durations 5 "$$@"; }; \
+	tests kernels 200 $(GPU_PROCESSES) tests/ops/test_ms_deform_attn_kernel.py \
+		tests/ops/test_ms_deform_attn_library.py tests/ops/test_assignment_kernels.py \
+		tests/ops/test_focal_loss.py; \
+	tests parity 60 $(GPU_PROCESSES) tests/parity -k "msda or one_to or losses" --impl triton; \
+	tests steps 240 $(GPU_PROCESSES) -m gpu --continue-on-collection-errors --ignore tests/ops \
+		--ignore-glob "*/test_bench_*" --ignore tests/test_tune_ms_deform_attn.py; \
+	tests timers 90 -m gpu tests/test_bench_ms_deform_attn.py tests/test_bench_reductions.py \
+		tests/test_bench_assignment.py tests/test_tune_ms_deform_attn.py; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
+
+gpu:  ## on a GPU: benchmarks of the whole detector and its parts; JSON rows in OUT
+	@mkdir -p "$(OUT)"; $(GPU_STEPS); \
 	train_step() { \
 		name=$$1; limit=$$2; shift 2; \
 		step "$$name" "$$limit" benchmarks.bench_train_step $(GPU_SIZE) --steps 20 --warmup 3 \
 			--time-budget $$((limit - 40)) --output "$(OUT)/$${name}_cuda.json" "$$@"; \
 	}; \
-	step tests 150 pytest -m gpu; \
-	train_step train_step 160 --batches 2 8 --dtypes bfloat16 \
-		--implementations compiled-graphs eager compiled; \
-	step inference 80 benchmarks.bench_inference $(GPU_SIZE) --passes 50 --warmup 5 --batches 1 8 \
-		--dtypes bfloat16 --implementations compiled-graphs eager \
+	step ms_deform_attn 110 benchmarks.bench_ms_deform_attn \
+		--time-budget 80 --output "$(OUT)/ms_deform_attn.json"; \
+	train_step train_step 200 --batches 2 8 --dtypes bfloat16 \
+		--implementations eager compiled-graphs compiled; \
+	step inference 90 benchmarks.bench_inference $(GPU_SIZE) --passes 50 --warmup 5 --batches 1 8 \
+		--dtypes bfloat16 --implementations eager compiled-graphs \
 		--time-budget 50 --output "$(OUT)/inference_cuda.json"; \
 	train_step one_to_many 90 --presets ms-detr-pp-r50-300 deformable-detr-pp-r50-300 \
 		--dtypes bfloat16 --implementations compiled-graphs; \
@@ -75,11 +97,10 @@ gpu:  ## GPU tests, benchmarks of the whole detector and its parts, generated co
 		train_step published 120 --published "$(PUBLISHED)" --dtypes float32 bfloat16 \
 			--implementations published compiled-graphs; \
 	fi; \
-	step ms_deform_attn 150 benchmarks.bench_ms_deform_attn \
-		--time-budget 80 --output "$(OUT)/ms_deform_attn.json"; \
+	step assignment 60 benchmarks.bench_assignment --device cuda \
+		--time-budget 30 --output "$(OUT)/assignment_cuda.json"; \
 	step reductions 70 benchmarks.bench_reductions --time-budget 40 \
 		--output "$(OUT)/reductions.json"; \
-	step codegen 150 benchmarks.codegen --check; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
