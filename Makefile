@@ -1,10 +1,9 @@
-# Everything runs in .venv, made on first use, except for `make gpu-tests` and `make gpu`: those take
-# PYTHON as it is, so that they work without a network. `make demo` and `make test` need Python 3.11+
-# and make.
+# Everything runs in .venv, made on first use, except for `make gpu` and its parts: those take PYTHON
+# as it is, so that they work without a network. `make demo` and `make test` need Python 3.11+ and make.
 
 PYTHON ?= python3
-# Where `make gpu` stores its rows, how many seconds it may take, and the folder of the published code,
-# which it then measures too.
+# Where `make gpu` stores its rows, how many seconds each of its parts may take, the folder of the
+# published code, which it then measures too, and how its tests share the GPU.
 OUT ?= benchmarks/results
 GPU_SECONDS ?= 570
 PUBLISHED ?=
@@ -21,7 +20,7 @@ ALL_CORES := -n auto --dist loadfile --no-loadscope-reorder
 export GOMP_SPINCOUNT ?= 1000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test gpu-tests gpu lint format clean
+.PHONY: help install demo test gpu gpu-tests gpu-benchmarks lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -63,6 +62,10 @@ step() { \
 }
 endef
 
+gpu:  ## on a GPU: gpu-tests, then gpu-benchmarks, each in GPU_SECONDS
+	@failed=0; for part in gpu-tests gpu-benchmarks; do $(MAKE) --no-print-directory $$part || failed=1; done; \
+	exit $$failed
+
 # Kernels compile on the host, so that several processes share the GPU; what measures has it alone.
 gpu-tests:  ## on a GPU: tests of the kernels, and those that need one
 	@$(GPU_STEPS); \
@@ -77,7 +80,7 @@ gpu-tests:  ## on a GPU: tests of the kernels, and those that need one
 		tests/test_bench_assignment.py tests/test_tune_ms_deform_attn.py; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
-gpu:  ## on a GPU: benchmarks of the whole detector and its parts; JSON rows in OUT
+gpu-benchmarks:  ## on a GPU: benchmarks of the whole detector and its parts; JSON rows in OUT
 	@mkdir -p "$(OUT)"; $(GPU_STEPS); \
 	train_step() { \
 		name=$$1; limit=$$2; shift 2; \
