@@ -104,7 +104,8 @@ def load_reference(pointers, width, height, ROWS: tl.constexpr, R: tl.constexpr,
     """Reference points in pixels: (x, y) of an offset of zero, and pixels per unit of offset.
 
     `pointers` [ROWS] to R = 2 coordinates (an offset is in pixels) or R = 4 (cxcywh, an offset is
-    in box sides over 2 P), as fractions of the map.
+    in box sides over 2 P), as fractions of the map. The product is fused with the sum: kernels that
+    share samples out by their positions must find the same ones, to the last bit.
     """
     row = tl.load(pointers[:, None] + tl.arange(0, R)[None, :]).to(tl.float32)
     if R == 2:
@@ -115,7 +116,7 @@ def load_reference(pointers, width, height, ROWS: tl.constexpr, R: tl.constexpr,
         x, y, box_width, box_height = columns(row, ROWS, 4)
         step_x = box_width * (width * (0.5 / P))
         step_y = box_height * (height * (0.5 / P))
-    return x * width - 0.5, y * height - 0.5, step_x, step_y
+    return tl.fma(x, width, -0.5), tl.fma(y, height, -0.5), step_x, step_y
 
 
 @triton.jit

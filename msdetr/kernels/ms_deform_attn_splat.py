@@ -213,7 +213,11 @@ def _positions(
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Positions in pixels (just outside of the map at most) and weights of a level's points."""
+    """Positions in pixels (just outside of the map at most) and weights of a level's points.
+
+    By these positions `splat_kernel` leaves samples out, and `rest_kernel` adds them: what is fused
+    is not left to the compiler, which might decide otherwise in the other kernel.
+    """
     float_height = height.to(tl.float32)
     float_width = width.to(tl.float32)
     x0, y0, step_x, step_y = load_reference(
@@ -225,8 +229,8 @@ def _positions(
     xs_in = ()
     ys_in = ()
     for i in tl.static_range(P):
-        x = xs[i] * step_x + x0
-        y = ys[i] * step_y + y0
+        x = tl.fma(xs[i], step_x, x0)
+        y = tl.fma(ys[i], step_y, y0)
         xs_in = xs_in + (clamp_position(x, float_width),)
         ys_in = ys_in + (clamp_position(y, float_height),)
     return xs_in, ys_in, ws
