@@ -1,0 +1,64 @@
+"""Samples that one kernel of the window sums leaves out and the other adds are told apart by their
+positions, which both must compute to the same bits. The interpreter fuses nothing: generated code
+tells.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SCRIPT = """\
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from msdetr.kernels.ms_deform_attn_splat import _positions
+
+
+@triton.jit
+def kernel(points, weights, reference, out, height, width, R: tl.constexpr):
+    row = tl.arange(0, 32)
+    one = tl.full((32,), 1.0, tl.float32)
+    xs, ys, _ = _positions(
+        (points + row * 2)[:, None], (weights + row)[:, None], reference + row * R, one, one, 0,
+        height, width, 1, R, 32, 1,
+    )
+    tl.store(out + row, xs[0] - ys[0])
+
+
+def count_fused(r: int, fusion: bool) -> int:
+    pointers = dict.fromkeys(("points", "weights", "reference", "out"), "*fp32")
+    signature = {**pointers, "height": "i32", "width": "i32", "R": "constexpr"}
+    code = triton.compile(
+        ASTSource(kernel, signature, {"R": r}),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": 1, "enable_fp_fusion": fusion},
+    )
+    return code.asm["ptx"].count("fma.rn")
+
+
+for r in (2, 4):
+    print(count_fused(r, fusion=False), count_fused(r, fusion=True))
+"""
+
+
+def test_positions_do_not_depend_on_what_the_compiler_fuses(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    path = tmp_path / "positions.py"
+    path.write_text(SCRIPT)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(path)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    # A coordinate of the reference, and with sides of a box one of the offset.
+    assert done.stdout.split() == ["2", "2", "4", "4"]
