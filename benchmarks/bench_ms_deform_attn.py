@@ -366,17 +366,6 @@ def measure(
             yield bench.rows(case, implementation)
 
 
-def _print(rows: Sequence[Row]) -> None:
-    cells = [
-        {
-            name: "-" if row[name] is None else format(row[name], spec)
-            for name, spec in _COLUMNS.items()
-        }
-        for row in rows
-    ]
-    print_table(cells, dict.fromkeys(_COLUMNS, ""))
-
-
 def _describe(row: Row) -> str:
     what = " ".join(str(row[name]) for name in ("implementation", "pass", "shape"))
     case = f"batch {row['batch']} {row['dtype']} spread {row['spread']:g}"
@@ -397,7 +386,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(*map(_describe, new), sep="\n", flush=True)
             if options.output is not None:
                 write_rows(options.output, rows)
-    _print(rows)
+    print_table(rows, _COLUMNS)
     ours_fail = any(row["implementation"] in OURS and row["status"] != "ok" for row in rows)
     return 1 if ours_fail else 0
 
