@@ -5,6 +5,7 @@ In a module of its own, because spawned processes import it by name.
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import json
 import multiprocessing
@@ -55,6 +56,7 @@ def run_in_processes(task: Task, argument: Any, folder: Path, *, num_processes: 
 
 
 def _enter(rank: int, task: Task, argument: Any, folder: Path, world_size: int, port: int) -> None:
+    faulthandler.enable()  # A crash outside of Python says where Python was.
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (
