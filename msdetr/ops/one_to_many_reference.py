@@ -275,6 +275,6 @@ def _lowest(priority: Tensor, among: Tensor, limit: int) -> Tensor:
 
 def _nth_lowest(values: Tensor, n: int) -> Tensor:
     """[P, 1] of values [P, Q]."""
-    if values.device.type == "cpu":  # a third of the time of `topk` or `kthvalue`
+    if values.device.type == "cpu":  # 0.4 of the time of `topk`, less of `kthvalue`
         return torch.from_numpy(np.partition(values.numpy(), n - 1, axis=1)[:, n - 1 : n])
     return values.topk(n, largest=False, sorted=False).values.amax(-1, keepdim=True)
