@@ -26,7 +26,7 @@ from msdetr.engine.compile import compile_step, explain_compile_errors
 from msdetr.engine.cuda_graphs import CudaRecorder, Replay
 from msdetr.engine.device import autocast, to_device
 from msdetr.evaluation.postprocess import postprocess
-from msdetr.losses.criterion import Criterion
+from msdetr.supervision.criterion import Criterion
 from msdetr.model.detector import build_detector
 
 MAX_DETECTIONS = 100

@@ -1,4 +1,4 @@
-"""What travels between the parts: batches of tensors of fixed shape, named.
+"""Typed containers for batches, predictions and assignments.
 
 Letters in shape comments: B images, S tokens of all levels, Q queries, L levels, N decoder layers,
 T target slots (padded), K classes. Boxes are (centre x, centre y, width, height) as fractions of
@@ -19,7 +19,7 @@ SpatialShapes = tuple[tuple[int, int], ...]
 def spatial_shapes_tensor(
     spatial_shapes: SpatialShapes, *, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """[L, 2] (height, width) on a device, filled there: a copy from the host would wait for it."""
+    """[L, 2] (height, width), filled on the device: a copy from the host would synchronise."""
     sides = [
         torch.full((1,), side, dtype=dtype, device=device)
         for shape in spatial_shapes
@@ -85,23 +85,35 @@ class Predictions(NamedTuple):
     """[N, B, Q, 4] in [0, 1]"""
 
 
-class DetectorOutput(NamedTuple):
-    """What the detector computes. Branches that a configuration or evaluation lacks are None."""
+class Branch(NamedTuple):
+    """Predictions that are supervised together, of queries of their own or shared with others."""
 
-    one_to_one: Predictions
-    """Predictions of the decoder layers; the last layer is the detector's answer."""
-    one_to_many: Predictions | None
-    """The same queries under one-to-many supervision, in training only."""
-    encoder: Predictions | None
-    """Two-stage proposals in training: N = 1, Q = S."""
-    anchors: Tensor | None
-    """[B, S, 4] boxes that the encoder's proposals start from."""
+    predictions: Predictions
+    """N layers, Q queries."""
+    anchors: Tensor | None = None
+    """[B, Q, 4] boxes (cxcywh) that the predictions start from, where a matcher may read them."""
+
+
+class DetectorOutput(NamedTuple):
+    """Output of the detector: branches by name, the same names for every batch.
+
+    - `one_to_one`: the decoder layers, always there.
+    - `one_to_many`: the same queries under one-to-many supervision, in training where configured.
+    - `encoder`: two-stage proposals with their anchors, in training; N = 1, Q = S.
+    """
+
+    branches: dict[str, Branch]
+
+    @property
+    def one_to_one(self) -> Predictions:
+        """Predictions of the decoder layers. The last layer's are the detector's result."""
+        return self.branches["one_to_one"].predictions
 
 
 class Assignment(NamedTuple):
-    """Which queries answer for which targets, for all layers and images at once.
+    """Pairs of queries and targets, for all layers and images at once.
 
-    A target has k places for queries; a query may stand in places of several targets.
+    A target has k places for queries. A query may fill places of several targets.
     """
 
     query_index: Tensor
@@ -109,14 +121,14 @@ class Assignment(NamedTuple):
     mask: Tensor
     """[N, B, T, k] bool"""
     target_class: Tensor
-    """[N, B, Q] int64, the class each query is to predict; -1 = background."""
+    """[N, B, Q] int64, the class that each query learns; -1 is background."""
 
 
 class Detections(NamedTuple):
     """Scored boxes, best first, D per image."""
 
     scores: Tensor
-    """[B, D]; 0 in the places that suppression left empty."""
+    """[B, D]; 0 in places that non-maximum suppression left empty."""
     labels: Tensor
     """[B, D] int64"""
     boxes: Tensor

@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.detector_cases import Case, Dtype
 from msdetr.engine.device import autocast
 from msdetr.evaluation.postprocess import postprocess
-from msdetr.losses.criterion import Criterion
 from msdetr.model.detector import build_detector
 from msdetr.structures import ImageBatch, Targets
+from msdetr.supervision.criterion import Criterion
 
 DEVICE = torch.device("cuda", 0)
 
@@ -79,14 +79,11 @@ def test_detector_and_criterion(preset: str, dtype: Dtype) -> None:
         )
         criterion = Criterion(config.assignment, config.loss)
         with Kernels() as kernels:
-            anchors = detector.anchors(images)
-            encoder_assignment = criterion.assign_encoder(anchors, targets)
             with autocast(DEVICE, dtype):
                 output = torch.func.functional_call(detector, state, (images,))
             losses = criterion(
                 output,
                 targets,
-                encoder_assignment=encoder_assignment,
                 num_targets=torch.ones((), device=DEVICE),
                 priority=torch.rand(output.one_to_one.logits.shape[:3], device=DEVICE),
             )
@@ -106,9 +103,7 @@ def test_detector_and_criterion(preset: str, dtype: Dtype) -> None:
     assert kernels.calls == {
         ("ms_deform_attn_fused", lower): 12,
         ("focal_loss", lower): branches,
-        ("matching_cost", lower): 1,
-        ("linear_assignment", torch.float32): 1 + (output.encoder is not None),
-        **({} if output.one_to_many is None else {("one_to_many", lower): 1}),
-        # Of the encoder's proposals, whose logits are not read: boxes stand for them.
-        **({} if output.encoder is None else {("matching_cost", torch.float32): 1}),
+        ("matching_cost", lower): 1 + ("encoder" in output.branches),
+        ("linear_assignment", torch.float32): 1 + ("encoder" in output.branches),
+        **({("one_to_many", lower): 1} if "one_to_many" in output.branches else {}),
     }

@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from assignment.scenes import random_boxes, random_scene
+from scenes import random_boxes, random_scene
 
 from benchmarks.launches import count_interpreted
 from msdetr.config import AssignmentConfig, LossConfig
-from msdetr.losses.criterion import Criterion
 from msdetr.ops.linear_assignment import linear_assignment
 from msdetr.ops.one_to_many import one_to_many
-from msdetr.structures import DetectorOutput, Predictions, Targets
+from msdetr.structures import Branch, DetectorOutput, Predictions, Targets
+from msdetr.supervision.criterion import Criterion
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts what is interpreted")
@@ -69,10 +69,11 @@ def step(counts: tuple[int, ...] = (3, 5)) -> tuple[DetectorOutput, Targets]:
     scene, many = (random_scene(counts, layers=6, classes=4) for _ in range(2))
     proposals = Predictions(torch.randn(1, len(counts), 40, 4), random_boxes(1, len(counts), 40))
     output = DetectorOutput(
-        Predictions(scene.logits, scene.boxes),
-        Predictions(many.logits, many.boxes),
-        proposals,
-        random_boxes(len(counts), 40),
+        {
+            "one_to_one": Branch(Predictions(scene.logits, scene.boxes)),
+            "one_to_many": Branch(Predictions(many.logits, many.boxes)),
+            "encoder": Branch(proposals, random_boxes(len(counts), 40)),
+        }
     )
     return output, scene.targets
 
@@ -91,14 +92,11 @@ def test_all_assignments_of_a_step(config, counts):
     assert found == expected
 
 
-def test_the_encoder_apart_adds_none():
+def test_a_priority_that_is_not_given_is_drawn():
     output, targets = step()
     criterion = Criterion(DEFAULT, LossConfig(), impl="triton")
-    assert launches_of(lambda: criterion.assign_encoder(output.anchors, targets)) == ONE_TO_ONE
-    early = criterion.assign_encoder(output.anchors, targets)
-    # A priority that is not given is drawn.
-    found = launches_of(lambda: criterion.assign(output, targets, encoder_assignment=early))
-    assert found == ONE_TO_ONE + ONE_TO_MANY + Counter(rand=1)
+    launches = launches_of(lambda: criterion.assign(output, targets))
+    assert launches == ONE_TO_ONE + ONE_TO_ONE + ONE_TO_MANY + Counter(rand=1)
 
 
 def test_merging_takes_a_few_more():

@@ -11,8 +11,8 @@ from torch import Tensor
 from benchmarks.assignment_cases import CONFIG, Case, Inputs, image_targets, make_inputs
 from benchmarks.assignment_comparison import taken_pairs
 from benchmarks.published_assignment import Pairs, published_one_to_many, published_one_to_one
-from msdetr.assignment.one_to_many import assign_one_to_many
-from msdetr.structures import Predictions
+from msdetr.structures import Branch, Predictions
+from msdetr.supervision.matchers import MatchContext, one_to_many_matcher
 from parity.golden import GoldenCase, find_cases
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -60,12 +60,10 @@ def test_the_restated_pairs_are_in_ascending_order_of_score() -> None:
     pairs = published_one_to_many(inputs)
     served = taken_pairs(pairs, inputs).sum(2)
     assert served.max() > 1
-    expected = assign_one_to_many(
-        Predictions(inputs.logits, inputs.boxes),
+    expected = one_to_many_matcher(CONFIG)(
+        Branch(Predictions(inputs.logits, inputs.boxes)),
         inputs.targets,
-        CONFIG,
-        priority=inputs.priority,
-        impl="reference",
+        MatchContext(priority=inputs.priority, impl="reference"),
     )
     assert torch.equal(last_class(pairs, inputs), expected.target_class)
 

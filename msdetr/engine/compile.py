@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from msdetr.config import CompileConfig
-from msdetr.losses.criterion import Criterion
 from msdetr.model.detector import Detector
+from msdetr.supervision.criterion import Criterion
 
 _MOST_GRAPHS = 4096
 """Graphs of one method. Beyond its own, low limit torch would stop compiling."""
@@ -44,8 +44,6 @@ def is_compiled(config: CompileConfig, device: torch.device) -> bool:
 def parts(model: Detector, criterion: Criterion) -> list[Part]:
     """The compiled parts of a training step, in the order in which they run."""
     return [
-        Part(model, "anchors"),
-        Part(criterion, "assign_encoder", dynamic=None),
         Part(model, "normalize"),
         Part(model.backbone, "forward"),
         Part(model, "flatten"),

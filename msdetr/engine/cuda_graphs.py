@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from msdetr.engine.distributed import Worker
-from msdetr.losses.criterion import LossOutput
 from msdetr.structures import Batch, ImageBatch, Targets
+from msdetr.supervision.criterion import LossOutput
 
 T = TypeVar("T")
 Replay = Callable[[], None]

@@ -19,7 +19,7 @@ from torchvision.models.resnet import Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
 from msdetr.config import ModelConfig
-from msdetr.model.layers import call_module
+from msdetr.model.activation_checkpointing import call_module
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +42,8 @@ class ResNetBackbone(nn.Module):
         self.layer1, self.layer2 = _Stage(*resnet.layer1), _Stage(*resnet.layer2)
         self.layer3, self.layer4 = _Stage(*resnet.layer3), _Stage(*resnet.layer4)
         self.channels = (512, 1024, 2048)
-        self.strides = (8, 16, 16) if dilation else (8, 16, 32)
-        self.recompute = False
-        """Compute the stages again in the backward pass; see `Detector.checkpoint_activations`."""
+        self.activation_checkpointing = False
+        """Recompute the stages in the backward pass, see `Detector.checkpoint_activations`."""
         for name, parameter in self.named_parameters():
             trained = train and name.startswith(("layer2", "layer3", "layer4"))
             parameter.requires_grad_(trained)
@@ -63,7 +62,7 @@ class ResNetBackbone(nn.Module):
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
         features = []
         for stage in self.stages:
-            x = call_module(stage, x, recompute=self.recompute)
+            x = call_module(stage, x, activation_checkpointing=self.activation_checkpointing)
             features.append(x)
         return features[1:]
 
@@ -113,9 +112,8 @@ class ConvNetBackbone(nn.Module):
             previous = width
         self.stages = nn.ModuleList(stages)
         self.channels = self.widths[2:]
-        self.strides = (8, 16, 32)
-        self.recompute = False
-        """Compute the stages again in the backward pass; see `Detector.checkpoint_activations`."""
+        self.activation_checkpointing = False
+        """Recompute the stages in the backward pass, see `Detector.checkpoint_activations`."""
         self.to(memory_format=torch.channels_last)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
@@ -123,7 +121,7 @@ class ConvNetBackbone(nn.Module):
         x = pixels.contiguous(memory_format=torch.channels_last)
         features = []
         for stage in self.stages:
-            x = call_module(stage, x, recompute=self.recompute)
+            x = call_module(stage, x, activation_checkpointing=self.activation_checkpointing)
             features.append(x)
         return features[2:]
 

@@ -8,19 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from msdetr.config import ModelConfig
+from msdetr.model.activation_checkpointing import call_module
 from msdetr.model.attention import MSDeformAttn, SelfAttention
-from msdetr.model.geometry import level_valid_ratios
-from msdetr.model.heads import DetectionHeads
-from msdetr.model.layers import Dropout, FeedForward, call_module, refine_boxes
+from msdetr.model.geometry import level_valid_ratios, refine_boxes
+from msdetr.model.heads import DetectionHeads, LayerHeads
+from msdetr.model.layers import Dropout, FeedForward
 from msdetr.model.query_selection import Queries
-from msdetr.structures import FeaturePyramid, Predictions
+from msdetr.structures import Branch, FeaturePyramid, Predictions
 
 
 class DecoderLayer(nn.Module):
     """Cross-attention to the image, self-attention among queries, feed-forward network.
 
-    `cross_self` attends to the image first: each query then holds a candidate of its own before
-    the queries settle which of them answers, so one-to-many supervision is taken in between.
+    `cross_self` attends to the image first. Each query then holds a candidate before self-attention
+    removes duplicates, and one-to-many supervision is taken in between.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -49,7 +50,7 @@ class DecoderLayer(nn.Module):
         reference: Tensor,
         valid_ratios: Tensor,
         memory: FeaturePyramid,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> dict[str, Tensor]:
         """One layer.
 
         Args:
@@ -60,8 +61,8 @@ class DecoderLayer(nn.Module):
             memory: encoded tokens.
 
         Returns:
-            [B, Q, C] the layer's output, and [B, Q, C] what one-to-many supervision reads: the
-            state after the first attention if it is internal, else the output again.
+            [B, Q, C] hidden states by branch: `one_to_one` is the layer's output. In training,
+            internal one-to-many supervision adds `one_to_many`, taken after the first attention.
         """
         repeats = reference.shape[-1] // 2
         reference_points = reference[:, :, None] * valid_ratios.repeat(1, 1, repeats)[:, None]
@@ -71,10 +72,11 @@ class DecoderLayer(nn.Module):
         else:
             first = self._attend_queries(x, query_pos)
             second = self._attend_image(first, query_pos, reference_points, memory)
-        output = self.ffn(second)
-        if not (self.training and self.internal_one_to_many):
-            return output, output
-        return output, first if self.one_to_many_ffn is None else self.one_to_many_ffn(first)
+        states = {"one_to_one": self.ffn(second)}
+        if self.training and self.internal_one_to_many:
+            ffn = self.one_to_many_ffn
+            states["one_to_many"] = first if ffn is None else ffn(first)
+        return states
 
     def _attend_image(
         self, x: Tensor, query_pos: Tensor, reference_points: Tensor, memory: FeaturePyramid
@@ -95,100 +97,90 @@ class DecoderLayer(nn.Module):
         return output
 
 
-class LayerPredictions(NamedTuple):
-    """What one layer predicts."""
+class Reference(NamedTuple):
+    """Boxes or points from which a decoder layer starts: twice the same values."""
 
-    logits: Tensor
-    """[B, Q, K]"""
-    boxes: Tensor
-    """[B, Q, 4]"""
+    start: Tensor
+    """[B, Q, 2 or 4] without the gradients of earlier layers: attention and refinement start
+    here."""
+    loss: Tensor
+    """[B, Q, 2 or 4] predictions start here. Looking forward twice, it has the gradient of the
+    layer before: a layer's box loss then also trains the refinement of that layer."""
 
 
 class Decoder(nn.Module):
-    """A stack of decoder layers that refines boxes on the way."""
+    """A stack of decoder layers with iterative box refinement."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_decoder_layers))
         self.dropout = config.dropout
-        self.recompute = False
-        """Compute the layers again in the backward pass; see `Detector.checkpoint_activations`."""
-        self.one_to_many = config.one_to_many
+        self.activation_checkpointing = False
+        """Recompute the layers in the backward pass, see `Detector.checkpoint_activations`."""
+        self.one_to_many_at_output = config.one_to_many == "output"
         self.box_refine = config.box_refine
         self.look_forward_twice = config.look_forward_twice
 
     def forward(
         self, queries: Queries, memory: FeaturePyramid, heads: DetectionHeads
-    ) -> tuple[Predictions, Predictions | None]:
-        """Predictions of all layers: one-to-one, and one-to-many in training if configured."""
+    ) -> dict[str, Branch]:
+        """Predictions of all layers by branch: `one_to_one`, and in training `one_to_many` where
+        configured."""
         ratios = level_valid_ratios(memory.spatial_shapes, memory.valid_sizes)
         x = queries.content
-        # Boxes are predicted from `loss_reference`, equal in value to `reference`, which is cut off
-        # from the layers before. Looking forward twice, it is not: a layer's box loss then also
-        # trains the refinement one layer earlier.
-        reference = loss_reference = queries.reference
-        one_to_one: list[LayerPredictions] = []
-        one_to_many: list[LayerPredictions] = []
+        reference = Reference(queries.reference, queries.reference)
+        predictions: list[dict[str, Predictions]] = []
         for index, layer in enumerate(self.layers):
-            x, x_one_to_many = call_module(
+            states = call_module(
                 layer,
                 x,
                 queries.query_pos,
-                reference,
+                reference.start,
                 ratios,
                 memory,
-                recompute=self.recompute,
+                activation_checkpointing=self.activation_checkpointing,
                 has_dropout=self.dropout > 0,
             )
-            one, many, reference, loss_reference = self.predict(
-                *heads.of_layer(index), x, x_one_to_many, reference, loss_reference
+            x = states["one_to_one"]
+            branches, reference = self.predict(heads.of_layer(index), states, reference)
+            predictions.append(branches)
+        return {
+            name: Branch(
+                Predictions(
+                    torch.stack([branches[name].logits for branches in predictions]),
+                    torch.stack([branches[name].boxes for branches in predictions]),
+                )
             )
-            one_to_one.append(one)
-            if many is not None:
-                one_to_many.append(many)
-        return _stack(one_to_one), _stack(one_to_many) if one_to_many else None
+            for name in predictions[0]
+        }
 
     def predict(
-        self,
-        class_head: nn.Module,
-        box_head: nn.Module,
-        one_to_many_class_head: nn.Module,
-        x: Tensor,
-        x_one_to_many: Tensor,
-        reference: Tensor,
-        loss_reference: Tensor,
-    ) -> tuple[LayerPredictions, LayerPredictions | None, Tensor, Tensor]:
-        """What a layer predicts, and where the next one starts.
+        self, heads: LayerHeads, states: dict[str, Tensor], reference: Reference
+    ) -> tuple[dict[str, Predictions], Reference]:
+        """Predictions of one layer, and the reference of the next one.
 
         Args:
-            class_head, box_head, one_to_many_class_head: of the layer.
-            x: [B, Q, C] the layer's output.
-            x_one_to_many: [B, Q, C] what one-to-many supervision reads.
-            reference: [B, Q, 2 or 4] where the layer started.
-            loss_reference: [B, Q, 2 or 4] the same values, with the gradient of the box losses.
+            heads: of the layer.
+            states: [B, Q, C] hidden states by branch.
+            reference: where the layer started.
 
         Returns:
-            One-to-one and one-to-many predictions, and the next layer's `reference` and
-            `loss_reference`.
+            Logits [B, Q, K] and boxes [B, Q, 4] by branch, and the next layer's reference.
         """
-        delta = box_head(x)
-        boxes = refine_boxes(delta, loss_reference)
-        one_to_one = LayerPredictions(class_head(x), boxes)
-        one_to_many: LayerPredictions | None = None
-        if self.training and self.one_to_many != "none":
-            # At the output: same hidden state, same box head, the same boxes.
-            many_boxes = boxes
-            if self.one_to_many == "internal":
-                many_boxes = refine_boxes(box_head(x_one_to_many), loss_reference)
-            one_to_many = LayerPredictions(one_to_many_class_head(x_one_to_many), many_boxes)
+        x = states["one_to_one"]
+        delta = heads.box(x)
+        boxes = refine_boxes(delta, reference.loss)
+        predictions = {"one_to_one": Predictions(heads.classes["one_to_one"](x), boxes)}
+        for name, state in states.items():
+            if name != "one_to_one":
+                branch_boxes = refine_boxes(heads.box(state), reference.loss)
+                predictions[name] = Predictions(heads.classes[name](state), branch_boxes)
+        if self.training and self.one_to_many_at_output:
+            # The same hidden state and box head give the same boxes.
+            predictions["one_to_many"] = Predictions(heads.classes["one_to_many"](x), boxes)
         if not self.box_refine:
-            return one_to_one, one_to_many, reference, loss_reference
+            return predictions, reference
         if self.look_forward_twice:
-            loss_reference = refine_boxes(delta, reference)
-            return one_to_one, one_to_many, loss_reference.detach(), loss_reference
-        return one_to_one, one_to_many, boxes.detach(), boxes.detach()
-
-
-def _stack(layers: list[LayerPredictions]) -> Predictions:
-    logits, boxes = zip(*layers, strict=True)
-    return Predictions(torch.stack(logits), torch.stack(boxes))
+            refined = refine_boxes(delta, reference.start)
+            return predictions, Reference(refined.detach(), refined)
+        return predictions, Reference(boxes.detach(), boxes.detach())

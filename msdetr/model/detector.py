@@ -13,9 +13,9 @@ from msdetr.model.decoder import Decoder
 from msdetr.model.encoder import Encoder
 from msdetr.model.geometry import level_valid_sizes
 from msdetr.model.heads import DetectionHeads
-from msdetr.model.neck import Neck, level_strides
+from msdetr.model.neck import Neck
 from msdetr.model.position_embedding import LearnedPositionEmbedding, SinePositionEmbedding
-from msdetr.model.query_selection import EmbeddedQueries, ProposalQueries, proposal_anchors
+from msdetr.model.query_selection import EmbeddedQueries, ProposalQueries
 from msdetr.structures import DetectorOutput, FeaturePyramid, ImageBatch
 
 # Mean and standard deviation of ImageNet's RGB values, the normalisation of torchvision's weights.
@@ -58,8 +58,8 @@ class Detector(nn.Module):
             images: uint8 pixels are normalised here; floating point ones are taken as they are.
 
         Returns:
-            Predictions of all decoder layers. One-to-many and encoder predictions are computed in
-            training mode only.
+            Predictions of all decoder layers. In training mode also those of the one-to-many branch
+            and of the encoder, where configured.
 
         Raises:
             ValueError: two-stage, and the images have fewer tokens than there are queries.
@@ -68,29 +68,21 @@ class Detector(nn.Module):
         pyramid, pos = self.flatten(features, images)
         memory = self.encoder(pyramid, pos)
         queries = self.query_selection(memory, self.heads)
-        one_to_one, one_to_many = self.decoder(queries, memory, self.heads)
-        return DetectorOutput(one_to_one, one_to_many, queries.proposals, queries.anchors)
+        branches = self.decoder(queries, memory, self.heads)
+        if queries.proposals is not None:
+            branches["encoder"] = queries.proposals
+        return DetectorOutput(branches)
 
     def checkpoint_activations(self, parts: Literal["none", "encoder", "all"]) -> None:
-        """Choose what training computes again in its backward pass instead of keeping it.
+        """Choose the modules whose activations are recomputed in the backward pass.
 
         `encoder`: the encoder's layers, which hold most of the memory (every token of every
         level). `all`: the decoder's layers and the backbone's stages as well. Losses and gradients
         stay the same.
         """
-        self.encoder.recompute = parts != "none"
-        self.decoder.recompute = self.backbone.recompute = parts == "all"
-
-    def anchors(self, images: ImageBatch) -> Tensor | None:
-        """[B, S, 4] boxes (cxcywh) that the proposals of these images start from, those of the
-        output in training; None with one stage. A function of sizes alone."""
-        if not self.config.two_stage:
-            return None
-        height, width = padded_size = (images.pixels.shape[2], images.pixels.shape[3])
-        strides = level_strides(self.backbone.strides, self.config.num_levels)
-        spatial_shapes = tuple((-(-height // stride), -(-width // stride)) for stride in strides)
-        valid_sizes = level_valid_sizes(images.sizes, padded_size, spatial_shapes)
-        return proposal_anchors(spatial_shapes, valid_sizes)[0].sigmoid()
+        self.encoder.activation_checkpointing = parts != "none"
+        self.decoder.activation_checkpointing = parts == "all"
+        self.backbone.activation_checkpointing = parts == "all"
 
     def flatten(self, features: list[Tensor], images: ImageBatch) -> tuple[FeaturePyramid, Tensor]:
         """Feature levels and their position codes [B, S, C], from the backbone's features."""

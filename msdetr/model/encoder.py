@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from msdetr.config import ModelConfig
+from msdetr.model.activation_checkpointing import call_module
 from msdetr.model.attention import MSDeformAttn
 from msdetr.model.geometry import cell_centers, level_valid_ratios
-from msdetr.model.layers import Dropout, FeedForward, call_module
+from msdetr.model.layers import Dropout, FeedForward
 from msdetr.structures import FeaturePyramid, SpatialShapes
 
 
@@ -45,8 +46,8 @@ class Encoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.recompute = False
-        """Compute the layers again in the backward pass; see `Detector.checkpoint_activations`."""
+        self.activation_checkpointing = False
+        """Recompute the layers in the backward pass, see `Detector.checkpoint_activations`."""
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_encoder_layers))
 
     def forward(self, pyramid: FeaturePyramid, pos: Tensor) -> FeaturePyramid:
@@ -58,7 +59,7 @@ class Encoder(nn.Module):
                 pyramid,
                 pos,
                 reference_points,
-                recompute=self.recompute,
+                activation_checkpointing=self.activation_checkpointing,
                 has_dropout=self.dropout > 0,
             )
             pyramid = pyramid._replace(tokens=tokens)

@@ -1,10 +1,11 @@
-"""Geometry that follows from padded and valid sizes: no masks, no device reads."""
+"""Geometry of boxes and levels, from padded and valid sizes alone: no masks, no device reads."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from msdetr.boxes import at_least_float32
 from msdetr.structures import SpatialShapes, spatial_shapes_tensor
 
 
@@ -53,3 +54,27 @@ def cell_centers(spatial_shapes: SpatialShapes, valid_sizes: Tensor) -> Tensor:
         x, y = x[:, None, :].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)
         centers.append(torch.stack((x, y), dim=-1).flatten(1, 2))
     return torch.cat(centers, dim=1)
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Logit of a fraction; values closer than `eps` to 0 or 1 count as `eps` away from it."""
+    x = x.clamp(0.0, 1.0)
+    return torch.log(x.clamp(min=eps) / (1.0 - x).clamp(min=eps))
+
+
+def refine_boxes(delta: Tensor, reference: Tensor) -> Tensor:
+    """Move reference boxes by predicted steps in logit space (Deformable DETR, eq. 4).
+
+    Args:
+        delta: [..., 4] raw output of a box head.
+        reference: [..., 4] boxes (cxcywh), or [..., 2] points: the size is then `delta`'s alone.
+
+    Returns:
+        [..., 4] boxes in [0, 1], float32 at least.
+    """
+    delta = at_least_float32(delta)
+    logits = inverse_sigmoid(reference)
+    if reference.shape[-1] == 4:
+        return (delta + logits).sigmoid()
+    center, size = delta[..., :2], delta[..., 2:]
+    return torch.cat((center + logits, size), dim=-1).sigmoid()

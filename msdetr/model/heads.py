@@ -1,10 +1,10 @@
-"""Class and box heads of all decoder layers, the encoder's proposals and one-to-many outputs."""
+"""Class and box heads of the decoder layers, the encoder and the one-to-many branch."""
 
 from __future__ import annotations
 
 import copy
 import math
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,15 @@ from msdetr.model.layers import MLP
 
 PRIOR_PROBABILITY = 0.01
 """Initial class probability, so that the focal loss of background starts low (RetinaNet, 4.1)."""
+
+
+class LayerHeads(NamedTuple):
+    """Heads of one decoder layer."""
+
+    classes: dict[str, nn.Module]
+    """Class head by branch: [..., C] to logits [..., K]."""
+    box: nn.Module
+    """[..., C] to box steps [..., 4] for `refine_boxes`; shared by all branches."""
 
 
 class DetectionHeads(nn.Module):
@@ -56,14 +65,13 @@ class DetectionHeads(nn.Module):
         delta: Tensor = _of_layer(self.bbox_embed, layer)(hidden_state)
         return delta
 
-    def of_layer(self, layer: int) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """Heads of a decoder layer: class, box, and the one-to-many branch's class."""
-        class_head = _of_layer(self.class_embed, layer)
-        if self.one_to_many_class_embed is None:
-            one_to_many_class_head = class_head
-        else:
-            one_to_many_class_head = _of_layer(self.one_to_many_class_embed, layer)
-        return class_head, _of_layer(self.bbox_embed, layer), one_to_many_class_head
+    def of_layer(self, layer: int) -> LayerHeads:
+        """Heads of a decoder layer. Branches share the class head unless they have their own."""
+        one_to_one = one_to_many = _of_layer(self.class_embed, layer)
+        if self.one_to_many_class_embed is not None:
+            one_to_many = _of_layer(self.one_to_many_class_embed, layer)
+        classes = {"one_to_one": one_to_one, "one_to_many": one_to_many}
+        return LayerHeads(classes, _of_layer(self.bbox_embed, layer))
 
 
 def _of_layer(heads: nn.ModuleList, layer: int) -> nn.Module:

@@ -1,28 +1,13 @@
-"""Building blocks that encoder, decoder and heads share."""
+"""Layers that encoder, decoder and heads share."""
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, cast
+from typing import cast
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from msdetr.boxes import at_least_float32
 from msdetr.ops.dropout import dropout, relu_dropout
-
-
-def call_module(module: nn.Module, *inputs: Any, recompute: bool, has_dropout: bool = False) -> Any:
-    """`module(*inputs)`, optionally keeping only the inputs for the backward pass.
-
-    With `recompute` that computes everything else again (activation checkpointing, Chen et al.,
-    arXiv:1604.06174). `has_dropout` then draws the same numbers again, for which the state of the
-    random generators is kept.
-    """
-    if not (recompute and torch.is_grad_enabled()):
-        return module(*inputs)
-    return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=has_dropout)
 
 
 class MLP(nn.Module):
@@ -80,27 +65,3 @@ class FeedForward(nn.Module):
         update = self.linear2(self.activation(self.linear1(x)))
         output: Tensor = self.norm(x + self.dropout(update))
         return output
-
-
-def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """Logit of a fraction; values closer than `eps` to 0 or 1 count as `eps` away from it."""
-    x = x.clamp(0.0, 1.0)
-    return torch.log(x.clamp(min=eps) / (1.0 - x).clamp(min=eps))
-
-
-def refine_boxes(delta: Tensor, reference: Tensor) -> Tensor:
-    """Move reference boxes by predicted steps in logit space (Deformable DETR, eq. 4).
-
-    Args:
-        delta: [..., 4] raw output of a box head.
-        reference: [..., 4] boxes (cxcywh), or [..., 2] points: the size is then `delta`'s alone.
-
-    Returns:
-        [..., 4] boxes in [0, 1], float32 at least.
-    """
-    delta = at_least_float32(delta)
-    logits = inverse_sigmoid(reference)
-    if reference.shape[-1] == 4:
-        return (delta + logits).sigmoid()
-    center, size = delta[..., :2], delta[..., 2:]
-    return torch.cat((center + logits, size), dim=-1).sigmoid()

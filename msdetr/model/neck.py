@@ -1,4 +1,4 @@
-"""From backbone features to levels of one width."""
+"""Neck: feature levels of one width from the backbone's features."""
 
 from __future__ import annotations
 
@@ -7,14 +7,6 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from msdetr.model.backbone import group_norm
-
-
-def level_strides(backbone_strides: Sequence[int], num_levels: int) -> tuple[int, ...]:
-    """Strides of a neck's levels: each has ceil(height / stride) x ceil(width / stride) cells."""
-    strides = list(backbone_strides[-num_levels:])
-    while len(strides) < num_levels:
-        strides.append(2 * strides[-1])
-    return tuple(strides)
 
 
 class Neck(nn.Module):

@@ -1,4 +1,4 @@
-"""Where the decoder's queries start: learned embeddings, or the encoder's best proposals."""
+"""Initial queries of the decoder: learned embeddings, or the encoder's best proposals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from msdetr.model.geometry import cell_centers
 from msdetr.model.heads import DetectionHeads
 from msdetr.model.position_embedding import proposal_position_code
 from msdetr.ops.ms_deform_attn import padding_mask
-from msdetr.structures import FeaturePyramid, Predictions, SpatialShapes
+from msdetr.structures import Branch, FeaturePyramid, Predictions, SpatialShapes
 
 
 class Queries(NamedTuple):
@@ -25,10 +25,8 @@ class Queries(NamedTuple):
     """[B, Q, C]"""
     reference: Tensor
     """[B, Q, 2] points or [B, Q, 4] boxes (cxcywh), fractions of the valid image."""
-    proposals: Predictions | None
-    """All encoder proposals (N = 1, Q = S), in training with two stages."""
-    anchors: Tensor | None
-    """[B, S, 4] boxes that the proposals start from."""
+    proposals: Branch | None = None
+    """All encoder proposals (N = 1, Q = S) with their anchors, in training with two stages."""
 
 
 class EmbeddedQueries(nn.Module):
@@ -50,7 +48,7 @@ class EmbeddedQueries(nn.Module):
         def repeat(x: Tensor) -> Tensor:
             return x.expand(batch, -1, -1)
 
-        return Queries(repeat(content), repeat(query_pos), repeat(reference), None, None)
+        return Queries(repeat(content), repeat(query_pos), repeat(reference))
 
 
 class ProposalQueries(nn.Module):
@@ -95,13 +93,12 @@ class ProposalQueries(nn.Module):
         logits = heads.class_logits(self.encoder_head, tokens)  # [B, S, K]
         best = logits[..., 0].topk(self.num_queries, dim=1).indices[..., None]
 
-        proposals = anchors = None
+        proposals = None
         if self.training:
             delta = heads.box_delta(self.encoder_head, tokens)
             boxes = (at_least_float32(delta) + anchor_logits).sigmoid()  # [B, S, 4]
             reference = boxes.detach().gather(1, best.expand(-1, -1, 4))
-            proposals = Predictions(logits[None], boxes[None])
-            anchors = anchor_logits.sigmoid()
+            proposals = Branch(Predictions(logits[None], boxes[None]), anchor_logits.sigmoid())
         else:  # Only the chosen boxes are needed.
             chosen = tokens.gather(1, best.expand(-1, -1, tokens.shape[-1]))
             delta = heads.box_delta(self.encoder_head, chosen)
@@ -113,7 +110,7 @@ class ProposalQueries(nn.Module):
         query_pos, content = embedding.chunk(2, dim=-1)
         if self.query_embed is not None:
             content = self.query_embed.weight.expand(len(tokens), -1, -1)
-        return Queries(content, query_pos, reference, proposals, anchors)
+        return Queries(content, query_pos, reference, proposals)
 
 
 def proposal_anchors(spatial_shapes: SpatialShapes, valid_sizes: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from msdetr.config import TrainConfig
 from msdetr.data.sampler import rank_batch_size
 from msdetr.engine.distributed import Worker
 from msdetr.engine.run import build_trainer
-from msdetr.losses.criterion import LossOutput, add_losses
+from msdetr.supervision.criterion import LossOutput, add_losses
 
 WORKER = Worker(device=torch.device("cpu"))
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from assignment.scenes import padded_targets, random_boxes
 from engine.helpers import deterministic_config
 from model.helpers import image_batch, tiny_config
+from scenes import padded_targets, random_boxes
 from torch import Tensor, nn
 
 from msdetr.config import AssignmentConfig, CompileConfig, LossConfig, RunConfig
@@ -30,9 +30,9 @@ from msdetr.engine.distributed import Worker
 from msdetr.engine.prefetch import StepInput
 from msdetr.engine.run import build_trainer
 from msdetr.engine.trainer import Trainer
-from msdetr.losses.criterion import Criterion
 from msdetr.model.detector import Detector, build_detector
 from msdetr.structures import ImageBatch, Targets
+from msdetr.supervision.criterion import Criterion
 
 
 @pytest.fixture(autouse=True)
@@ -84,14 +84,12 @@ def run(
     dtype: torch.dtype = torch.float32,
 ) -> Step:
     model.zero_grad(set_to_none=True)
-    encoder_assignment = criterion.assign_encoder(model.anchors(images), targets)
     device = images.pixels.device
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         output = model(images)
     losses = criterion(
         output,
         targets,
-        encoder_assignment=encoder_assignment,
         priority=torch.zeros(output.one_to_one.logits.shape[:3], device=device),
         num_targets=targets.count.sum(),
     )

@@ -31,9 +31,9 @@ from msdetr.engine.run import build_trainer
 from msdetr.engine.tensor_files import TensorsInMemory
 from msdetr.engine.trainer import Trainer
 from msdetr.evaluation.coco_eval import CocoResult
-from msdetr.losses.criterion import Criterion
 from msdetr.model.detector import Detector, build_detector
 from msdetr.structures import Batch, ImageBatch, Targets
+from msdetr.supervision.criterion import Criterion
 from msdetr.weights import load_weights
 
 CPU = torch.device("cpu")

@@ -9,9 +9,9 @@ from engine.helpers import TINY_MODEL
 from torch import Tensor
 
 from msdetr.config import AssignmentConfig, LossConfig, ModelConfig
-from msdetr.losses.criterion import Criterion
 from msdetr.model.detector import Detector, build_detector
 from msdetr.structures import ImageBatch, Targets
+from msdetr.supervision.criterion import Criterion
 
 Parts = Literal["none", "encoder", "all"]
 
@@ -106,7 +106,7 @@ def test_no_effect_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **options: Any) -> None:
         raise AssertionError("checkpointed in evaluation")
 
-    monkeypatch.setattr("msdetr.model.layers.checkpoint", refuse)
+    monkeypatch.setattr("msdetr.model.activation_checkpointing.checkpoint", refuse)
     model = make_model(TINY_MODEL, "all")
     images = ImageBatch(torch.randn(1, 3, 64, 64), torch.tensor([[64, 64]]))
     with torch.no_grad():

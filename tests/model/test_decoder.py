@@ -21,7 +21,12 @@ QUERIES = 5
 def random_queries(reference_dim: int = 4) -> Queries:
     content, query_pos = (torch.randn(2, QUERIES, 32, dtype=torch.float64) for _ in range(2))
     reference = 0.1 + 0.8 * torch.rand(2, QUERIES, reference_dim, dtype=torch.float64)
-    return Queries(content, query_pos, reference, None, None)
+    return Queries(content, query_pos, reference)
+
+
+def decode(decoder: Decoder, *inputs) -> dict[str, Predictions]:
+    """Predictions by branch."""
+    return {name: branch.predictions for name, branch in decoder(*inputs).items()}
 
 
 def decoding(**changes) -> tuple[Decoder, DetectionHeads]:
@@ -33,8 +38,8 @@ def decoding(**changes) -> tuple[Decoder, DetectionHeads]:
 
 
 class TestLayer:
-    def run(self, layer: DecoderLayer) -> tuple[tuple[Tensor, Tensor], list[str]]:
-        """The layer's result, and the order in which its parts ran."""
+    def run(self, layer: DecoderLayer) -> tuple[dict[str, Tensor], list[str]]:
+        """Hidden states by branch, and the order in which the modules ran."""
         order: list[str] = []
         for name in ("cross_attn", "self_attn", "ffn", "one_to_many_ffn"):
             module = getattr(layer, name)
@@ -67,21 +72,21 @@ class TestLayer:
         states = []
         first = layer.cross_attn_norm if decoder_order == "cross_self" else layer.self_attn_norm
         first.register_forward_hook(lambda module, inputs, output: states.append(output))
-        (output, many), _ = self.run(layer)
+        result, _ = self.run(layer)
         expected = layer.one_to_many_ffn(states[0]) if one_to_many_ffn else states[0]
-        assert torch.equal(many, expected)
-        assert not torch.equal(many, output)
+        assert torch.equal(result["one_to_many"], expected)
+        assert not torch.equal(result["one_to_many"], result["one_to_one"])
 
     @pytest.mark.parametrize("one_to_many", ["none", "output"])
-    def test_otherwise_it_reads_the_output(self, one_to_many):
-        (output, many), order = self.run(self.layer(one_to_many=one_to_many, one_to_many_ffn=False))
-        assert many is output
+    def test_otherwise_there_is_one_state(self, one_to_many):
+        result, order = self.run(self.layer(one_to_many=one_to_many, one_to_many_ffn=False))
+        assert result.keys() == {"one_to_one"}
         assert order == ["cross_attn", "self_attn", "ffn"]
 
     def test_evaluation_skips_it(self):
         layer = self.layer().eval()
-        (output, many), order = self.run(layer)
-        assert many is output
+        result, order = self.run(layer)
+        assert result.keys() == {"one_to_one"}
         assert order == ["cross_attn", "self_attn", "ffn"]
 
 
@@ -90,25 +95,27 @@ class TestLayer:
 def test_an_image_gets_the_same_predictions_without_its_padding(reference_dim, box_refine):
     decoder, heads = decoding(box_refine=box_refine)
     pyramid, queries = random_pyramid(SHAPES, VALID_SIZES), random_queries(reference_dim)
-    padded = decoder(queries, pyramid, heads)
+    padded = decode(decoder, queries, pyramid, heads)
     for image in range(2):
         one = slice(image, image + 1)
-        own = Queries(*(field[one] for field in queries[:3]), None, None)
-        alone = decoder(own, cropped(pyramid, image), heads)
-        for expected, found in zip(padded, alone, strict=True):
-            for field, mine in zip(expected, found, strict=True):
+        own = Queries(*(field[one] for field in queries[:3]))
+        alone = decode(decoder, own, cropped(pyramid, image), heads)
+        assert alone.keys() == padded.keys() == {"one_to_one", "one_to_many"}
+        for name, expected in padded.items():
+            for field, mine in zip(expected, alone[name], strict=True):
                 torch.testing.assert_close(mine, field[:, one], rtol=1e-5, atol=1e-6)
 
 
 def test_images_are_independent():
     decoder, heads = decoding()
     pyramid, queries = random_pyramid(SHAPES, VALID_SIZES), random_queries()
-    expected = decoder(queries, pyramid, heads)[0]
+    expected = decode(decoder, queries, pyramid, heads)["one_to_one"]
     tokens = pyramid.tokens.clone()
     tokens[1] += 1.0
-    found = decoder(queries, pyramid._replace(tokens=tokens), heads)[0]
-    assert torch.equal(found.logits[:, 0], expected.logits[:, 0])
-    assert not torch.equal(found.logits[:, 1], expected.logits[:, 1])
+    moved = pyramid._replace(tokens=tokens)
+    result = decode(decoder, queries, moved, heads)["one_to_one"]
+    assert torch.equal(result.logits[:, 0], expected.logits[:, 0])
+    assert not torch.equal(result.logits[:, 1], expected.logits[:, 1])
 
 
 def test_without_refinement_every_layer_starts_from_the_same_reference():
@@ -117,7 +124,8 @@ def test_without_refinement_every_layer_starts_from_the_same_reference():
     nn.init.zeros_(heads.bbox_embed[0].last.weight)
     heads.bbox_embed[0].last.bias.data = torch.tensor([0.5] * 4, dtype=torch.float64)
     queries = random_queries()
-    boxes = decoder(queries, random_pyramid(SHAPES, VALID_SIZES), heads)[0].boxes
+    pyramid = random_pyramid(SHAPES, VALID_SIZES)
+    boxes = decode(decoder, queries, pyramid, heads)["one_to_one"].boxes
     expected = (queries.reference.logit() + 0.5).sigmoid()
     torch.testing.assert_close(boxes, expected.expand(3, -1, -1, -1))
 
@@ -129,7 +137,8 @@ def test_with_refinement_every_layer_starts_from_the_one_before(look_forward_twi
         nn.init.zeros_(embed.last.weight)
         nn.init.constant_(embed.last.bias, 0.5)
     queries = random_queries()
-    boxes = decoder(queries, random_pyramid(SHAPES, VALID_SIZES), heads)[0].boxes
+    pyramid = random_pyramid(SHAPES, VALID_SIZES)
+    boxes = decode(decoder, queries, pyramid, heads)["one_to_one"].boxes
     for layer in range(3):
         expected = (queries.reference.logit() + 0.5 * (layer + 1)).sigmoid()
         torch.testing.assert_close(boxes[layer], expected)
@@ -152,14 +161,14 @@ class TestLookForwardTwice:
     @pytest.mark.parametrize("decoder_order", ["cross_self", "self_cross"])
     def test_a_layer_s_boxes_train_the_head_before(self, decoder_order):
         decoder, heads = decoding(look_forward_twice=True, decoder_order=decoder_order)
-        output = decoder(random_queries(), random_pyramid(SHAPES, VALID_SIZES), heads)
-        for branch in output:
+        output = decode(decoder, random_queries(), random_pyramid(SHAPES, VALID_SIZES), heads)
+        for branch in output.values():
             assert heads_reached(heads, branch, "bbox_embed") == [[0], [0, 1], [1, 2]]
 
     def test_once_is_not_twice(self):
         decoder, heads = decoding(look_forward_twice=False)
-        output = decoder(random_queries(), random_pyramid(SHAPES, VALID_SIZES), heads)
-        for branch in output:
+        output = decode(decoder, random_queries(), random_pyramid(SHAPES, VALID_SIZES), heads)
+        for branch in output.values():
             assert heads_reached(heads, branch, "bbox_embed") == [[0], [1], [2]]
 
     def test_values_do_not_change(self):
@@ -167,39 +176,39 @@ class TestLookForwardTwice:
         twice, _ = decoding(look_forward_twice=True)
         twice.load_state_dict(once.state_dict())
         pyramid, queries = random_pyramid(SHAPES, VALID_SIZES), random_queries()
-        for a, b in zip(once(queries, pyramid, heads), twice(queries, pyramid, heads), strict=True):
-            assert all(map(torch.equal, a, b))
+        expected, result = (decode(x, queries, pyramid, heads) for x in (once, twice))
+        for name, predictions in expected.items():
+            assert all(map(torch.equal, predictions, result[name]))
 
 
 def test_box_losses_never_train_class_heads():
     decoder, heads = decoding(look_forward_twice=True)
-    output = decoder(random_queries(), random_pyramid(SHAPES, VALID_SIZES), heads)
-    assert heads_reached(heads, output[0], "class_embed") == [[], [], []]
+    output = decode(decoder, random_queries(), random_pyramid(SHAPES, VALID_SIZES), heads)
+    assert heads_reached(heads, output["one_to_one"], "class_embed") == [[], [], []]
 
 
 class TestOneToMany:
-    def decode(self, *, training: bool = True, **changes) -> tuple[Predictions, Predictions | None]:
+    def decode(self, *, training: bool = True, **changes) -> dict[str, Predictions]:
         decoder, heads = decoding(**changes)
         decoder.train(training)
-        return decoder(random_queries(), random_pyramid(SHAPES, VALID_SIZES), heads)
+        return decode(decoder, random_queries(), random_pyramid(SHAPES, VALID_SIZES), heads)
 
     def test_none(self):
-        assert self.decode(one_to_many="none", one_to_many_ffn=False)[1] is None
+        assert self.decode(one_to_many="none", one_to_many_ffn=False).keys() == {"one_to_one"}
 
     @pytest.mark.parametrize("one_to_many", ["internal", "output"])
     def test_evaluation_has_none(self, one_to_many):
-        assert (
-            self.decode(training=False, one_to_many=one_to_many, one_to_many_ffn=False)[1] is None
-        )
+        options = {"one_to_many": one_to_many, "one_to_many_ffn": False}
+        assert self.decode(training=False, **options).keys() == {"one_to_one"}
 
     def test_at_the_output_it_shares_boxes_and_has_classes_of_its_own(self):
-        one, many = self.decode(one_to_many="output", one_to_many_ffn=False)
+        one, many = self.decode(one_to_many="output", one_to_many_ffn=False).values()
         assert torch.equal(one.boxes, many.boxes)
         assert not (one.logits == many.logits).any()
 
     @pytest.mark.parametrize("one_to_many_ffn", [True, False])
     def test_inside_it_shares_heads_and_has_states_of_its_own(self, one_to_many_ffn):
-        one, many = self.decode(one_to_many="internal", one_to_many_ffn=one_to_many_ffn)
+        one, many = self.decode(one_to_many="internal", one_to_many_ffn=one_to_many_ffn).values()
         assert one.logits.shape == many.logits.shape == (3, 2, QUERIES, 3)
         assert one.boxes.shape == many.boxes.shape == (3, 2, QUERIES, 4)
         assert not (one.logits == many.logits).any()
@@ -212,8 +221,10 @@ class TestOneToMany:
         without, _ = decoding(one_to_many="none", **config)
         without.load_state_dict(with_branch.state_dict())
         pyramid, queries = random_pyramid(SHAPES, VALID_SIZES), random_queries()
-        found, expected = (x(queries, pyramid, heads)[0] for x in (with_branch, without))
-        assert all(map(torch.equal, found, expected))
+        result, expected = (
+            decode(x, queries, pyramid, heads)["one_to_one"] for x in (with_branch, without)
+        )
+        assert all(map(torch.equal, result, expected))
 
 
 def test_half_precision_tokens_give_float32_boxes():
@@ -226,7 +237,7 @@ def test_half_precision_tokens_give_float32_boxes():
         query_pos=queries.query_pos.bfloat16(),
         reference=queries.reference.float(),
     )
-    for branch in decoder(queries, half, heads):
+    for branch in decode(decoder, queries, half, heads).values():
         assert branch.boxes.dtype == torch.float32
         assert branch.logits.dtype == torch.bfloat16
         assert branch.boxes.isfinite().all()

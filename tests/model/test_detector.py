@@ -58,8 +58,8 @@ def describe(config: ModelConfig) -> str:
 
 def loss_of(output: DetectorOutput) -> Tensor:
     """A scalar that every prediction takes part in."""
-    branches = (output.one_to_one, output.one_to_many, output.encoder)
-    return sum(x.square().mean() for branch in branches if branch is not None for x in branch)
+    branches = output.branches.values()
+    return sum(x.square().mean() for branch in branches for x in branch.predictions)
 
 
 def parameters_without_gradient(model: nn.Module) -> list[str]:
@@ -73,8 +73,10 @@ def test_variants(config):
     output = detector(images)
     assert output.one_to_one.logits.shape == (layers, 2, 4, classes)
     assert output.one_to_one.boxes.shape == (layers, 2, 4, 4)
-    assert (output.one_to_many is None) == (config.one_to_many == "none")
-    assert (output.encoder is None) == (output.anchors is None) == (not config.two_stage)
+    expected = {"one_to_one"}
+    expected |= {"one_to_many"} if config.one_to_many != "none" else set()
+    expected |= {"encoder"} if config.two_stage else set()
+    assert output.branches.keys() == expected
 
     loss_of(output).backward()
     # DistributedDataParallel waits for the gradient of every parameter.
@@ -87,30 +89,9 @@ def test_variants(config):
     detector.eval()
     with torch.no_grad():
         evaluated = detector(images)
-    assert evaluated[1:] == (None, None, None)
+    assert evaluated.branches.keys() == {"one_to_one"}
     for found, expected in zip(evaluated.one_to_one, output.one_to_one, strict=True):
         torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("num_levels", "changes"),
-    [
-        (1, {}),
-        (4, {}),
-        (5, {}),
-        (4, {"backbone": "resnet50"}),
-        (5, {"backbone": "resnet50", "dilation": True}),
-    ],
-)
-def test_anchors_are_known_before_features(num_levels, changes):
-    detector = Detector(tiny_config(num_levels=num_levels, **changes))
-    images = image_batch((75, 98), (50, 61), padded=(75, 98))
-    with torch.no_grad():
-        assert torch.equal(detector.anchors(images), detector(images).anchors)
-
-
-def test_one_stage_has_no_anchors():
-    assert Detector(tiny_config(two_stage=False)).anchors(image_batch()) is None
 
 
 @pytest.mark.parametrize("backbone", ["convnet", "resnet50"])
@@ -202,7 +183,8 @@ def test_initial_predictions():
     """Boxes stand where their proposals do, and every class has about the prior probability."""
     detector = Detector(tiny_config())
     output = detector(image_batch())
-    torch.testing.assert_close(output.encoder.boxes[0], output.anchors)
+    proposals, anchors = output.branches["encoder"]
+    torch.testing.assert_close(proposals.boxes[0], anchors)
     first, last = output.one_to_one.boxes
     torch.testing.assert_close(first, last)
     probability = output.one_to_one.logits.sigmoid()
@@ -222,11 +204,10 @@ def test_geometry_stays_float32_under_autocast(two_stage):
     randomize(detector)
     with torch.autocast("cpu", torch.bfloat16):
         output = detector(images)
-    branches = [branch for branch in output[:3] if branch is not None]
-    assert len(branches) == (3 if two_stage else 2)
-    for branch in branches:
-        assert branch.boxes.dtype == torch.float32
-        assert branch.logits.isfinite().all()
+    assert len(output.branches) == (3 if two_stage else 2)
+    for predictions, _ in output.branches.values():
+        assert predictions.boxes.dtype == torch.float32
+        assert predictions.logits.isfinite().all()
     loss_of(output).backward()
     assert not parameters_without_gradient(detector)
     assert all(p.grad.isfinite().all() for p in detector.parameters())

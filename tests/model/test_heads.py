@@ -48,12 +48,11 @@ def test_layers_have_their_own_heads_only_with_refinement(refine):
 
 
 def test_one_to_many_shares_class_heads_unless_it_is_taken_at_the_output():
-    class_head, box_head, one_to_many = heads_of(one_to_many="internal").of_layer(1)
-    assert one_to_many is class_head
-    assert box_head is not class_head
-    class_head, _, one_to_many = heads_of(one_to_many="output", one_to_many_ffn=False).of_layer(1)
-    assert one_to_many is not class_head
-    assert torch.equal(one_to_many.weight, class_head.weight)  # at first
+    classes, box = heads_of(one_to_many="internal").of_layer(1)
+    assert classes["one_to_many"] is classes["one_to_one"] is not box
+    classes, _ = heads_of(one_to_many="output", one_to_many_ffn=False).of_layer(1)
+    assert classes["one_to_many"] is not classes["one_to_one"]
+    assert torch.equal(classes["one_to_many"].weight, classes["one_to_one"].weight)  # at first
 
 
 @pytest.mark.parametrize("two_stage", [True, False])

@@ -63,7 +63,8 @@ class TestProposals:
         selection, heads = proposing(mixed_selection=mixed_selection)
         pyramid = random_pyramid(SHAPES, VALID_SIZES)
         queries = selection(pyramid, heads)
-        scores, boxes = queries.proposals.logits[0, ..., 0], queries.proposals.boxes[0]
+        proposals = queries.proposals.predictions
+        scores, boxes = proposals.logits[0, ..., 0], proposals.boxes[0]
         best = scores.argsort(dim=1, descending=True)[:, :4]
         for image in range(2):
             assert torch.equal(queries.reference[image], boxes[image, best[image]])
@@ -81,10 +82,11 @@ class TestProposals:
             parameter.data.zero_()
         pyramid = random_pyramid(SHAPES, VALID_SIZES)
         queries = selection(pyramid, heads)
-        torch.testing.assert_close(queries.proposals.boxes[0].float(), queries.anchors)
+        proposals, anchors = queries.proposals
+        torch.testing.assert_close(proposals.boxes[0].float(), anchors)
         padding = padding_mask(SHAPES, pyramid.valid_sizes)
-        assert (queries.anchors[padding] == 1.0).all()
-        assert queries.anchors.isfinite().all()
+        assert (anchors[padding] == 1.0).all()
+        assert anchors.isfinite().all()
 
     def test_training_and_evaluation_choose_the_same(self):
         selection, heads = proposing()
@@ -93,7 +95,6 @@ class TestProposals:
         selection.eval()
         evaluation = selection(pyramid, heads)
         assert evaluation.proposals is None
-        assert evaluation.anchors is None
         for field in ("content", "query_pos", "reference"):
             torch.testing.assert_close(getattr(training, field), getattr(evaluation, field))
 
@@ -107,7 +108,8 @@ class TestProposals:
             for tokens in (pyramid.tokens, garbage)
         )
         assert torch.equal(found.reference, expected.reference)
-        assert torch.equal(found.proposals.logits, expected.proposals.logits)
+        logits = [queries.proposals.predictions.logits for queries in (found, expected)]
+        assert torch.equal(*logits)
 
     def test_an_image_proposes_the_same_without_its_padding(self):
         selection, heads = proposing()
@@ -140,7 +142,7 @@ class TestProposals:
         selection, heads = proposing(num_queries=30)
         queries = selection(random_pyramid(SHAPES, VALID_SIZES), heads)
         assert all(x.isfinite().all() for x in queries[:3])
-        loss = sum(x.sum() for x in (*queries[:2], *queries.proposals))
+        loss = sum(x.sum() for x in (*queries[:2], *queries.proposals.predictions))
         loss.backward()
         for parameter in (*selection.parameters(), *heads.bbox_embed[2].parameters()):
             assert parameter.grad.isfinite().all()
@@ -161,7 +163,6 @@ class TestEmbedded:
         reference = selection.reference_points(weight[:, :32]).sigmoid()
         assert torch.equal(queries.reference, reference.expand(2, -1, -1))
         assert queries.proposals is None
-        assert queries.anchors is None
 
     def test_reference_points_learn(self):
         selection, queries = self.queries()

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from assignment.scenes import Scene, padded_targets, random_scene, with_garbage_padding
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scenes import Scene, match, padded_targets, random_scene, with_garbage_padding
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from msdetr.assignment.one_to_one import assign_one_to_one
 from msdetr.ops.linear_assignment import linear_assignment, linear_assignment_of_layers
 from msdetr.ops.matching_cost import WORST_COST, matching_cost
 from msdetr.ops.one_to_many import OneToMany, one_to_many
 from msdetr.structures import Targets
+from msdetr.supervision.matchers import OneToOne
 
 pytest.importorskip("triton")
 
@@ -326,9 +326,9 @@ class TestOneToOne:
     @pytest.mark.parametrize("counts", [(3, 0, 5), (14, 2), (0, 0)])
     def test_equals_the_reference(self, kernel_device, counts, class_agnostic):
         scene = random_scene(counts)
-        options = {**COSTS, "class_agnostic": class_agnostic}
-        found = assign_one_to_one(*moved(scene, kernel_device), **options, impl="triton")
-        expected = assign_one_to_one(*scene, **options, impl="reference")
+        matcher = OneToOne(**COSTS, class_agnostic=class_agnostic)
+        found = match(matcher, moved(scene, kernel_device), impl="triton")
+        expected = match(matcher, scene, impl="reference")
         assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from assignment.scenes import random_scene
+from scenes import random_scene
 
 from msdetr.ops import dispatch
 from msdetr.ops.dispatch import resolve_impl

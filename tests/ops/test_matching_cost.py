@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from assignment.scenes import Scene, random_scene, with_garbage_padding
+from scenes import Scene, random_scene, with_garbage_padding
 from torch import Tensor
 
 from msdetr.ops.matching_cost import WORST_COST, matching_cost

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from assignment.scenes import Scene, padded_targets, random_scene, with_garbage_padding
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scenes import Scene, padded_targets, random_scene, with_garbage_padding
 from torch import Tensor
 
 from msdetr.boxes import box_iou, cxcywh_to_xyxy

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from msdetr.config import AssignmentConfig, LossConfig
-from msdetr.losses.criterion import Criterion
-from msdetr.structures import DetectorOutput, Predictions, Targets
+from msdetr.structures import Branch, DetectorOutput, Predictions, Targets
+from msdetr.supervision.criterion import Criterion
 from parity.golden import GoldenCase, published_values
 
 
@@ -51,7 +51,13 @@ def test_losses_and_gradients(case: GoldenCase, impl: str, request: pytest.Fixtu
         LossConfig(),
         impl=impl,
     )
-    output = DetectorOutput(one_to_one, one_to_many, encoder, anchors)
+    output = DetectorOutput(
+        {
+            "one_to_one": Branch(one_to_one),
+            "one_to_many": Branch(one_to_many),
+            "encoder": Branch(encoder, anchors),
+        }
+    )
     losses = criterion(output, targets, priority=priority)
 
     found = published_values(losses.terms)

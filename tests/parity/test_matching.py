@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from msdetr.assignment.one_to_many import assign_one_to_many
 from msdetr.config import AssignmentConfig
 from msdetr.ops.linear_assignment import linear_assignment
 from msdetr.ops.matching_cost import matching_cost
 from msdetr.ops.one_to_many import one_to_many
-from msdetr.structures import Predictions, Targets
+from msdetr.structures import Branch, Predictions, Targets
+from msdetr.supervision.matchers import MatchContext, one_to_many_matcher
 from parity.golden import GoldenCase
 
 
@@ -58,7 +58,8 @@ def test_one_to_many(case: GoldenCase, impl: str, request: pytest.FixtureRequest
     config = AssignmentConfig(
         one_to_many_k=options["k"], one_to_many_threshold=options["threshold"]
     )
-    assignment = assign_one_to_many(predictions, targets, config, priority=priority, impl=impl)
+    context = MatchContext(priority=priority, impl=impl)
+    assignment = one_to_many_matcher(config)(Branch(predictions), targets, context)
     assert torch.equal(assignment.target_class[0].cpu(), case.tensor("target_class"))
 
 

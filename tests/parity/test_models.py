@@ -12,11 +12,11 @@ from torch import Tensor
 from msdetr.config import RunConfig
 from msdetr.engine.optimizer import build_optimizer
 from msdetr.evaluation.postprocess import postprocess
-from msdetr.losses.criterion import Criterion, LossOutput
 from msdetr.model.checkpoint_adapter import load_state, published_name, published_to_ours
 from msdetr.model.detector import Detector
 from msdetr.published import config_from_published_args
 from msdetr.structures import DetectorOutput, Predictions
+from msdetr.supervision.criterion import Criterion, LossOutput
 from parity.golden import GoldenCase, published_values
 
 MODELS = pytest.mark.golden("ms_detr", "ddetr", "impl_a")
@@ -83,9 +83,10 @@ def _assert_close(found: Tensor, expected: Tensor, what: str) -> None:
 
 @MODELS
 def test_outputs(case: GoldenCase, step: Step) -> None:
-    branches = [("", step.output.one_to_one)]
-    if step.output.one_to_many is not None:
-        branches.append(("o2m.", step.output.one_to_many))
+    output = step.output.branches
+    branches = [("", output["one_to_one"].predictions)]
+    if "one_to_many" in output:
+        branches.append(("o2m.", output["one_to_many"].predictions))
     assert ("o2m.pred_logits" in case.arrays) == (len(branches) == 2)
     for prefix, predictions in branches:
         layers = len(predictions.logits)
@@ -94,12 +95,12 @@ def test_outputs(case: GoldenCase, step: Step) -> None:
             for field in Predictions._fields:
                 found = getattr(predictions, field)[layer]
                 _assert_close(found, case.tensor(f"{name}pred_{field}"), f"{name}{field}")
-    assert ("enc.pred_logits" in case.arrays) == (step.output.encoder is not None)
-    if step.output.encoder is not None:
-        logits, boxes = step.output.encoder
+    assert ("enc.pred_logits" in case.arrays) == ("encoder" in output)
+    if "encoder" in output:
+        (logits, boxes), anchors = output["encoder"]
         _assert_close(logits[0], case.tensor("enc.pred_logits"), "encoder logits")
         _assert_close(boxes[0], case.tensor("enc.pred_boxes"), "encoder boxes")
-        _assert_close(step.output.anchors.double(), case.tensor("enc.anchors"), "anchors")
+        _assert_close(anchors.double(), case.tensor("enc.anchors"), "anchors")
 
 
 @MODELS
@@ -108,8 +109,7 @@ def test_evaluation_mode(case: GoldenCase, step: Step) -> None:
     with torch.no_grad():
         output = step.model(case.images())
     step.model.train()
-    assert output.one_to_many is None
-    assert output.encoder is None
+    assert output.branches.keys() == {"one_to_one"}
     _assert_close(output.one_to_one.logits[-1], case.tensor("pred_logits"), "logits")
     _assert_close(output.one_to_one.boxes[-1], case.tensor("pred_boxes"), "boxes")
 

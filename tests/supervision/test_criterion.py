@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 
 import pytest
 import torch
-from assignment.scenes import padded_targets, random_boxes, random_scene
+from scenes import padded_targets, random_boxes, random_scene
 from torch import Tensor
 
 from msdetr.config import AssignmentConfig, LossConfig
-from msdetr.losses.criterion import Criterion, LossOutput
-from msdetr.structures import DetectorOutput, Predictions, Targets
+from msdetr.structures import Branch, DetectorOutput, Predictions, Targets
+from msdetr.supervision.criterion import Criterion, LossOutput
+from msdetr.supervision.objectives import build_objectives
 
 LAYERS, QUERIES, TOKENS, CLASSES = 3, 12, 20, 3
 KEEP_ALL = AssignmentConfig(positive_fraction=1.0)  # nothing is drawn
@@ -26,14 +28,16 @@ def random_output(
     scene = random_scene(counts, layers=LAYERS, queries=QUERIES, classes=CLASSES, dtype=dtype)
     many = random_scene(counts, layers=LAYERS, queries=QUERIES, classes=CLASSES, dtype=dtype)
     anchors = random_boxes(batch, TOKENS, dtype=dtype)
+    proposals = Predictions(
+        torch.randn(1, batch, TOKENS, CLASSES, dtype=dtype),
+        random_boxes(1, batch, TOKENS, dtype=dtype),
+    )
     output = DetectorOutput(
-        Predictions(scene.logits, scene.boxes),
-        Predictions(many.logits, many.boxes),
-        Predictions(
-            torch.randn(1, batch, TOKENS, CLASSES, dtype=dtype),
-            random_boxes(1, batch, TOKENS, dtype=dtype),
-        ),
-        anchors,
+        {
+            "one_to_one": Branch(Predictions(scene.logits, scene.boxes)),
+            "one_to_many": Branch(Predictions(many.logits, many.boxes)),
+            "encoder": Branch(proposals, anchors),
+        }
     )
     for leaf in leaves(output):
         leaf.requires_grad_()
@@ -42,16 +46,33 @@ def random_output(
 
 def leaves(output: DetectorOutput) -> list[Tensor]:
     """All logits and boxes."""
-    return [tensor for branch in output[:3] if branch is not None for tensor in branch]
+    return [tensor for branch in output.branches.values() for tensor in branch.predictions]
+
+
+def mapped(output: DetectorOutput, change: Callable[[Tensor], Tensor]) -> DetectorOutput:
+    """The output with `change` applied to all logits and boxes."""
+    return DetectorOutput(
+        {
+            name: branch._replace(predictions=Predictions(*map(change, branch.predictions)))
+            for name, branch in output.branches.items()
+        }
+    )
 
 
 def copied(output: DetectorOutput) -> DetectorOutput:
     """The same predictions as new leaves."""
-    branches = [
-        branch and Predictions(*(tensor.detach().clone().requires_grad_() for tensor in branch))
-        for branch in output[:3]
-    ]
-    return DetectorOutput(*branches, output.anchors)
+    return mapped(output, lambda x: x.detach().clone().requires_grad_())
+
+
+def with_encoder(output: DetectorOutput, **changes: object) -> DetectorOutput:
+    """The output with other fields of the encoder's branch."""
+    encoder = output.branches["encoder"]._replace(**changes)
+    return DetectorOutput({**output.branches, "encoder": encoder})
+
+
+def without(output: DetectorOutput, *names: str) -> DetectorOutput:
+    """The output without some branches."""
+    return DetectorOutput({n: b for n, b in output.branches.items() if n not in names})
 
 
 def losses_of(
@@ -82,11 +103,11 @@ def test_terms_are_detached_and_per_layer():
 def test_missing_branches_have_no_terms():
     output, targets = random_output()
     terms = losses_of(output, targets).terms
-    some = output._replace(encoder=None, anchors=None)
+    some = without(output, "encoder")
     assert losses_of(some, targets).terms.keys() == terms.keys() - {
         name for name in terms if name.startswith("encoder")
     }
-    one = some._replace(one_to_many=None)
+    one = without(some, "one_to_many")
     found = losses_of(one, targets).terms
     assert list(found) == ["one_to_one/class", "one_to_one/bbox", "one_to_one/giou"]
     assert all(torch.equal(found[name], terms[name]) for name in found)
@@ -122,7 +143,7 @@ def test_a_weight_belongs_to_one_branch_and_one_kind_of_prediction(branch, term)
     assert torch.equal(losses.total, losses.terms[f"{branch}/{term}"].sum())
     losses.total.backward()
     for name in BRANCHES:
-        predictions = getattr(output, name)
+        predictions = output.branches[name].predictions
         assert predictions.logits.grad.any() == (name == branch and term == "class")
         assert predictions.boxes.grad.any() == (name == branch and term != "class")
 
@@ -142,7 +163,7 @@ def test_without_targets_the_graph_is_the_same(counts):
     losses = losses_of(output, targets)
     assert losses.total.isfinite()
     losses.total.backward()
-    for predictions in output[:3]:
+    for predictions, _ in output.branches.values():
         assert predictions.logits.grad.any()  # background
         assert predictions.boxes.grad is not None
         assert not predictions.boxes.grad.any()
@@ -156,7 +177,7 @@ def test_every_prediction_gets_a_gradient():
     for leaf in leaves(output):
         assert leaf.grad.isfinite().all()
         assert leaf.grad.flatten(1).any(-1).all(), "in every layer"
-    assert not output.anchors.requires_grad
+    assert not output.branches["encoder"].anchors.requires_grad
 
 
 def test_without_auxiliary_losses_only_the_last_layer_counts():
@@ -166,11 +187,11 @@ def test_without_auxiliary_losses_only_the_last_layer_counts():
     for name, values in last.terms.items():
         torch.testing.assert_close(values, every[name][-1:])
     last.total.backward()
-    for predictions in (output.one_to_one, output.one_to_many):
-        for leaf in predictions:
+    for name in ("one_to_one", "one_to_many"):
+        for leaf in output.branches[name].predictions:
             assert not leaf.grad[:-1].any()
             assert leaf.grad[-1].any()
-    assert output.encoder.logits.grad.any()
+    assert output.branches["encoder"].predictions.logits.grad.any()
 
 
 def test_losses_are_divided_by_the_number_of_targets():
@@ -193,7 +214,8 @@ def test_perfect_boxes_cost_nothing():
     logits = torch.full((1, 2, 4, CLASSES), -20.0)
     for image in range(2):
         logits[0, image, range(4), targets.labels[image, :4]] = 20.0
-    losses = losses_of(DetectorOutput(Predictions(logits, predicted), None, None, None), targets)
+    output = DetectorOutput({"one_to_one": Branch(Predictions(logits, predicted))})
+    losses = losses_of(output, targets)
     assert losses.total.item() == pytest.approx(0.0, abs=1e-5)
 
 
@@ -213,22 +235,20 @@ def test_the_priority_decides_the_draw():
     assignment = AssignmentConfig(positive_fraction=0.25, one_to_many_threshold=0.0)
     output, targets = random_output((5, 4, 6))
     priorities = torch.rand(2, 3, QUERIES)
-    totals = [
-        losses_of(output, targets, assignment, priority=priority).total.item()
-        for priority in (priorities[0], priorities[0].expand(LAYERS, -1, -1), priorities[1])
-    ]
-    assert totals[0] == totals[1] != totals[2]
+    for auxiliary in (True, False):
+        totals = [
+            losses_of(
+                output, targets, assignment, LossConfig(auxiliary=auxiliary), priority=priority
+            ).total.item()
+            for priority in (priorities[0], priorities[0].expand(LAYERS, -1, -1), priorities[1])
+        ]
+        assert totals[0] == totals[1] != totals[2]
 
 
 def test_half_precision_predictions_give_float32_losses():
     output, targets = random_output()
-    half = DetectorOutput(
-        *(Predictions(*(x.detach().bfloat16() for x in branch)) for branch in output[:3]),
-        output.anchors,
-    )
-    rounded = DetectorOutput(
-        *(Predictions(*(x.float() for x in branch)) for branch in half[:3]), output.anchors
-    )
+    half = mapped(output, lambda x: x.detach().bfloat16())
+    rounded = mapped(half, Tensor.float)
     losses, expected = losses_of(half, targets), losses_of(rounded, targets)
     assert losses.total.dtype == torch.float32
     assert all(values.dtype == torch.float32 for values in losses.terms.values())
@@ -238,8 +258,8 @@ def test_half_precision_predictions_give_float32_losses():
 def test_half_precision_logits_with_float32_boxes_train():
     """What autocast gives."""
     output, targets = random_output()
-    branches = [Predictions(p.logits.bfloat16(), p.boxes) for p in output[:3]]
-    losses = losses_of(DetectorOutput(*branches, output.anchors), targets)
+    half = mapped(output, lambda x: x if x.shape[-1] == 4 else x.bfloat16())
+    losses = losses_of(half, targets)
     assert losses.total.dtype == torch.float32
     losses.total.backward()
     assert all(leaf.grad.isfinite().all() for leaf in leaves(output))
@@ -258,7 +278,7 @@ class TestEncoder:
 
     def test_anchors_decide_the_match_by_default(self):
         output, targets = random_output()
-        moved = output._replace(anchors=output.anchors.flip(1))
+        moved = with_encoder(output, anchors=output.branches["encoder"].anchors.flip(1))
         by_anchor = [self.terms(x, targets)["encoder/bbox"] for x in (output, moved)]
         assert not torch.equal(*by_anchor)
         by_box = [
@@ -270,9 +290,9 @@ class TestEncoder:
 
     def test_class_cost_is_zero_by_default(self):
         output, targets = random_output()
-        confident = output._replace(
-            encoder=output.encoder._replace(logits=100 * torch.randn(1, 3, TOKENS, CLASSES))
-        )
+        proposals = output.branches["encoder"].predictions
+        logits = 100 * torch.randn(1, 3, TOKENS, CLASSES)
+        confident = with_encoder(output, predictions=proposals._replace(logits=logits))
         boxes = [self.terms(x, targets)["encoder/bbox"] for x in (output, confident)]
         assert torch.equal(*boxes)
         boxes = [
@@ -281,26 +301,41 @@ class TestEncoder:
         ]
         assert not torch.equal(*boxes)
 
-    def test_the_assignment_can_come_before_the_output(self):
+    def test_the_default_match_needs_anchors(self):
         output, targets = random_output()
-        criterion = Criterion(KEEP_ALL, LossConfig())
-        early = criterion.assign_encoder(output.anchors, targets)
-        found = criterion(output, targets, encoder_assignment=early)
-        expected = criterion(output, targets)
-        assert torch.equal(found.total, expected.total)
-        other = criterion.assign_encoder(output.anchors.flip(1), targets)
-        changed = criterion(output, targets, encoder_assignment=other).terms
-        for name, values in expected.terms.items():
-            assert torch.equal(changed[name], values) != name.startswith("encoder"), name
+        with pytest.raises(ValueError, match="the matcher reads anchors, and the branch has none"):
+            losses_of(with_encoder(output, anchors=None), targets)
 
-    @pytest.mark.parametrize(
-        "change", [{"encoder_match": "predictions"}, {"encoder_cost_class": 2.0}]
-    )
-    def test_an_assignment_that_depends_on_predictions_cannot(self, change):
-        output, targets = random_output()
-        criterion = Criterion(replace(KEEP_ALL, **change), LossConfig())
-        assert criterion.assign_encoder(output.anchors, targets) is None
-        assert Criterion(KEEP_ALL, LossConfig()).assign_encoder(None, targets) is None
+
+def test_every_branch_needs_an_objective():
+    output, targets = random_output()
+    extra = DetectorOutput({**output.branches, "denoising": output.branches["one_to_one"]})
+    with pytest.raises(ValueError, match="no objective supervises denoising"):
+        losses_of(extra, targets)
+
+
+def test_the_order_of_branches_and_terms_does_not_matter():
+    """Weights are found by name: an output in another order gives each loss the same weight."""
+    output, targets = random_output(dtype=torch.float64)
+    loss = LossConfig(class_weight=3.0, bbox_weight=0.5, encoder_giou_weight=7.0)
+    objectives = [
+        replace(objective, weights=dict(reversed(objective.weights.items())))
+        for objective in build_objectives(KEEP_ALL, loss)
+    ]
+    turned = DetectorOutput(dict(reversed(output.branches.items())))
+    expected = losses_of(output, targets, loss=loss)
+    result = Criterion(KEEP_ALL, loss, objectives=objectives[::-1])(turned, targets)
+    torch.testing.assert_close(result.total, expected.total)
+    assert result.terms.keys() == expected.terms.keys()
+    for name, values in expected.terms.items():
+        torch.testing.assert_close(result.terms[name], values)
+
+
+def test_no_gradient_is_recorded_by_the_assignment():
+    output, targets = random_output()
+    criterion = Criterion(KEEP_ALL, LossConfig())
+    for assignment in criterion.assign(output, targets).values():
+        assert not any(tensor.requires_grad for tensor in assignment)
 
 
 def test_costs_reach_the_one_to_one_match():
@@ -324,7 +359,7 @@ def test_merged_indices_add_the_one_to_one_pairs():
 def test_predictions_that_are_not_finite_show_in_the_loss_and_raise_nothing(branch, bad):
     output, targets = random_output()
     with torch.no_grad():
-        for leaf in getattr(output, branch):
+        for leaf in output.branches[branch].predictions:
             leaf[:, 0] = bad
     losses = losses_of(output, targets)
     assert not losses.total.isfinite()
@@ -345,15 +380,15 @@ def test_results_do_not_depend_on_the_number_of_slots():
 
 
 @pytest.mark.parametrize(
-    ("impl", "indices_merge", "counts", "early"),
+    ("impl", "indices_merge", "counts"),
     [
-        ("reference", True, (3, 0, 5), False),
-        ("reference", False, (3, 0, 5), True),
-        ("triton", True, (3, 0, 5), True),
-        ("triton", False, (0, 0, 0), False),
+        ("reference", True, (3, 0, 5)),
+        ("reference", False, (3, 0, 5)),
+        ("triton", True, (3, 0, 5)),
+        ("triton", False, (0, 0, 0)),
     ],
 )
-def test_compiles_in_one_graph(request, impl, indices_merge, counts, early):
+def test_compiles_in_one_graph(request, impl, indices_merge, counts):
     if impl == "triton":
         request.getfixturevalue("kernel_device")
     torch._dynamo.reset()
@@ -364,8 +399,7 @@ def test_compiles_in_one_graph(request, impl, indices_merge, counts, early):
     compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)
     priority = torch.rand(LAYERS, len(counts), QUERIES)
     expected, other = criterion(output, targets, priority=priority), copied(output)
-    assignment = criterion.assign_encoder(output.anchors, targets) if early else None
-    found = compiled(other, targets, priority=priority, encoder_assignment=assignment)
+    found = compiled(other, targets, priority=priority)
     torch.testing.assert_close(found.total, expected.total)
     expected.total.backward()
     found.total.backward()

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from assignment.scenes import Scene, padded_targets, random_scene, with_garbage_padding
+from scenes import Scene, match, padded_targets, random_scene, with_garbage_padding
 
-from msdetr.assignment.one_to_many import assign_one_to_many
-from msdetr.assignment.one_to_one import assign_one_to_one
 from msdetr.config import AssignmentConfig
 from msdetr.ops.one_to_many import OneToMany, one_to_many
-from msdetr.structures import Assignment, Predictions
+from msdetr.structures import Assignment
+from msdetr.supervision.matchers import one_to_many_matcher, one_to_one_matcher
 
 KEEP_ALL = AssignmentConfig(positive_fraction=1.0)
 MERGE = AssignmentConfig(positive_fraction=1.0, indices_merge=True)
 
 
-def assign(scene: Scene, config: AssignmentConfig = KEEP_ALL, **options) -> Assignment:
-    return assign_one_to_many(
-        Predictions(scene.logits, scene.boxes), scene.targets, config, **options
-    )
+def assign(scene: Scene, config: AssignmentConfig = KEEP_ALL, **context) -> Assignment:
+    return match(one_to_many_matcher(config), scene, **context)
 
 
-def matched(scene: Scene) -> Assignment:
-    return assign_one_to_one(*scene, cost_class=2.0, cost_bbox=5.0, cost_giou=2.0)
+def matched(scene: Scene) -> dict[str, Assignment]:
+    return {"one_to_one": match(one_to_one_matcher(KEEP_ALL), scene)}
 
 
 def pairs_of(scene: Scene, config: AssignmentConfig = KEEP_ALL) -> OneToMany:
@@ -99,7 +96,7 @@ def test_equal_scores_give_the_first_target():
 def test_empty_slots_do_not_matter(config, value):
     scene = crowded_scene()
     garbage = scene._replace(targets=with_garbage_padding(scene.targets, 3, value))
-    options = {"priority": torch.rand(2, 3, 16), "one_to_one": matched(scene)}
+    options = {"priority": torch.rand(2, 3, 16), "assignments": matched(scene)}
     assert all(
         map(torch.equal, assign(scene, config, **options), assign(garbage, config, **options))
     )
@@ -108,7 +105,7 @@ def test_empty_slots_do_not_matter(config, value):
 def test_no_targets():
     scene = random_scene((0, 0))
     for config in (KEEP_ALL, MERGE):
-        assignment = assign(scene, config, one_to_one=matched(scene))
+        assignment = assign(scene, config, assignments=matched(scene))
         assert not assignment.mask.any()
         assert (assignment.target_class == -1).all()
 
@@ -137,8 +134,9 @@ def test_priorities_are_drawn_from_the_generator():
 
 def test_merging_gives_each_query_one_target():
     scene = crowded_scene(layers=3)
-    pairs, one_to_one = pairs_of(scene), matched(scene)
-    merged = assign(scene, MERGE, one_to_one=one_to_one)
+    pairs, assignments = pairs_of(scene), matched(scene)
+    one_to_one = assignments["one_to_one"]
+    merged = assign(scene, MERGE, assignments=assignments)
     k = pairs.mask.shape[-1]
     assert merged.mask.shape[-1] == k + 1
     joined = refused = 0
@@ -169,13 +167,13 @@ def test_merging_gives_each_query_one_target():
 
 
 def test_merging_needs_the_other_assignment():
-    with pytest.raises(ValueError, match="indices_merge needs the one-to-one assignment"):
+    with pytest.raises(ValueError, match="indices_merge needs the assignment of 'one_to_one'"):
         assign(random_scene((2,)), MERGE)
 
 
 def test_without_merging_the_other_assignment_is_ignored():
     scene = crowded_scene()
-    with_other = assign(scene, KEEP_ALL, one_to_one=matched(scene))
+    with_other = assign(scene, KEEP_ALL, assignments=matched(scene))
     assert all(map(torch.equal, with_other, assign(scene)))
 
 
@@ -201,10 +199,3 @@ def test_options_reach_the_op():
     assert torch.equal(assignment.query_index, expected.query_index)
     assert torch.equal(assignment.mask, expected.mask)
     assert not torch.equal(assignment.mask.sum(-1), assign(scene).mask.sum(-1))
-
-
-def test_no_gradient_is_recorded():
-    scene = crowded_scene()
-    scene.logits.requires_grad_()
-    scene.boxes.requires_grad_()
-    assert not any(field.requires_grad for field in assign(scene))

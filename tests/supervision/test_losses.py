@@ -5,10 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 import torchvision
-from assignment.scenes import Scene, random_scene, with_garbage_padding
+from scenes import Scene, random_scene, with_garbage_padding
+from torch import Tensor
 
-from msdetr.losses.terms import box_losses
-from msdetr.structures import Assignment, Targets
+from msdetr.config import LossConfig
+from msdetr.structures import Assignment, Predictions, Targets
+from msdetr.supervision.losses import bbox_loss, giou_loss, loss_inputs
+
+
+def box_losses(boxes: Tensor, targets: Targets, assignment: Assignment) -> tuple[Tensor, Tensor]:
+    """L1 and GIoU losses per layer."""
+    logits = boxes.new_zeros(*boxes.shape[:-1], 1)
+    inputs = loss_inputs(Predictions(logits, boxes), targets, assignment, LossConfig())
+    return bbox_loss(inputs), giou_loss(inputs)
 
 
 def random_assignment(scene: Scene, k: int) -> Assignment:

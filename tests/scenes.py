@@ -1,13 +1,14 @@
-"""Random predictions and targets for the tests of assignment and losses."""
+"""Random predictions and targets for the tests of supervision."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from msdetr.structures import Targets
+from msdetr.structures import Assignment, Branch, Predictions, Targets
+from msdetr.supervision.matchers import MatchContext, Matcher
 
 
 class Scene(NamedTuple):
@@ -18,6 +19,13 @@ class Scene(NamedTuple):
     boxes: Tensor
     """[N, B, Q, 4] cxcywh"""
     targets: Targets
+
+
+def match(matcher: Matcher, scene: Scene, **context: Any) -> Assignment:
+    """The assignment of a scene; `context` holds fields of `MatchContext`."""
+    branch = Branch(Predictions(scene.logits, scene.boxes))
+    with torch.no_grad():
+        return matcher(branch, scene.targets, MatchContext(**context))
 
 
 def random_boxes(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from assignment.scenes import padded_targets, random_scene, with_garbage_padding
+from scenes import Scene, match, padded_targets, random_scene, with_garbage_padding
 from scipy.optimize import linear_sum_assignment
 
-from msdetr.assignment.one_to_one import assign_one_to_one
 from msdetr.ops.matching_cost import matching_cost
 from msdetr.structures import Targets
+from msdetr.supervision.matchers import OneToOne
 
 COSTS = {"cost_class": 2.0, "cost_bbox": 5.0, "cost_giou": 2.0}
+MATCHER = OneToOne(**COSTS)
 
 
 @pytest.mark.parametrize(
@@ -20,7 +21,7 @@ COSTS = {"cost_class": 2.0, "cost_bbox": 5.0, "cost_giou": 2.0}
 def test_pairs_are_those_of_least_cost_and_classes_follow(counts, queries):
     scene = random_scene(counts, layers=3, queries=queries)
     targets = scene.targets
-    assignment = assign_one_to_one(*scene, **COSTS)
+    assignment = match(MATCHER, scene)
     slots = targets.labels.shape[1]
     assert assignment.query_index.shape == assignment.mask.shape == (3, len(counts), slots, 1)
     assert assignment.target_class.shape == scene.logits.shape[:3]
@@ -41,7 +42,7 @@ def test_pairs_are_those_of_least_cost_and_classes_follow(counts, queries):
 def test_by_hand():
     boxes = torch.tensor([[0.2, 0.2, 0.2, 0.2], [0.8, 0.8, 0.2, 0.2], [0.5, 0.5, 0.2, 0.2]])
     targets = padded_targets([torch.tensor([2, 1])], [boxes[[1, 0]]], slots=4)
-    assignment = assign_one_to_one(torch.zeros(1, 1, 3, 3), boxes[None, None], targets, **COSTS)
+    assignment = match(MATCHER, Scene(torch.zeros(1, 1, 3, 3), boxes[None, None], targets))
     assert assignment.query_index.flatten().tolist() == [1, 0, 0, 0]
     assert assignment.mask.flatten().tolist() == [True, True, False, False]
     assert assignment.target_class.flatten().tolist() == [1, 2, -1]
@@ -51,20 +52,18 @@ def test_by_hand():
 def test_empty_slots_do_not_matter(value):
     scene = random_scene((4, 0, 2), empty_slots=5)
     garbage = scene._replace(targets=with_garbage_padding(scene.targets, 3, value))
-    assert all(
-        map(torch.equal, assign_one_to_one(*scene, **COSTS), assign_one_to_one(*garbage, **COSTS))
-    )
+    assert all(map(torch.equal, match(MATCHER, scene), match(MATCHER, garbage)))
 
 
 def test_layers_and_images_are_independent():
     scene = random_scene((4, 0, 7), layers=2)
-    batched = assign_one_to_one(*scene, **COSTS)
+    batched = match(MATCHER, scene)
     for layer in range(2):
         for image in range(3):
             one = slice(image, image + 1)
             targets = Targets(*(field[one] for field in scene.targets))
             logits, boxes = (x[layer : layer + 1, one] for x in (scene.logits, scene.boxes))
-            alone = assign_one_to_one(logits, boxes, targets, **COSTS)
+            alone = match(MATCHER, Scene(logits, boxes, targets))
             expected = [field[layer : layer + 1, one] for field in batched]
             assert all(map(torch.equal, alone, expected))
 
@@ -73,19 +72,12 @@ def test_predictions_that_are_not_finite_go_to_no_target():
     scene = random_scene((3, 2), queries=8)
     scene.logits[:, :, 2] = float("nan")
     scene.boxes[:, :, 5] = float("inf")
-    assignment = assign_one_to_one(*scene, **COSTS)
+    assignment = match(MATCHER, scene)
     assert assignment.mask.sum() == 2 * 5
     assert (assignment.target_class[:, :, [2, 5]] == -1).all()
 
 
 def test_every_target_is_served_even_by_nan():
     scene = random_scene((3,), queries=4)
-    nothing = scene.logits * float("nan"), scene.boxes * float("nan")
-    assert assign_one_to_one(*nothing, scene.targets, **COSTS).mask.sum() == 2 * 3
-
-
-def test_no_gradient_is_recorded():
-    scene = random_scene((3,))
-    scene.logits.requires_grad_()
-    scene.boxes.requires_grad_()
-    assert not any(field.requires_grad for field in assign_one_to_one(*scene, **COSTS))
+    nothing = Scene(scene.logits * float("nan"), scene.boxes * float("nan"), scene.targets)
+    assert match(MATCHER, nothing).mask.sum() == 2 * 3

@@ -1,1 +1,0 @@
-"""Assignment of predictions to targets: one-to-one and one-to-many."""

@@ -1,1 +1,0 @@
-"""Loss terms and the training criterion."""

@@ -1,0 +1,1 @@
+"""Supervision: which branch is matched with the targets, by which matcher, under which losses."""

@@ -1,0 +1,141 @@
+"""The training criterion: the weighted losses of a list of objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from msdetr.config import AssignmentConfig, LossConfig
+from msdetr.ops.dispatch import Impl
+from msdetr.structures import Assignment, Branch, DetectorOutput, Predictions, Targets
+from msdetr.supervision.losses import LOSS_TERMS, loss_inputs
+from msdetr.supervision.matchers import MatchContext
+from msdetr.supervision.objectives import Objective, build_objectives
+
+
+class LossOutput(NamedTuple):
+    """Losses of one step, on the device of the predictions."""
+
+    total: Tensor
+    """0-dim, weighted sum of all terms."""
+    terms: dict[str, Tensor]
+    """Unweighted, detached, one value per layer: `one_to_one/class` [N], `one_to_many/bbox` [N],
+    `encoder/giou` [1] and so on."""
+
+
+def add_losses(losses: Sequence[LossOutput]) -> LossOutput:
+    """Losses of a step from those of its micro-batches, each divided by the step's targets."""
+    if len(losses) == 1:
+        return losses[0]
+    terms = {
+        name: torch.stack([chunk.terms[name] for chunk in losses]).sum(0)
+        for name in losses[0].terms
+    }
+    return LossOutput(torch.stack([chunk.total for chunk in losses]).sum(), terms)
+
+
+class Criterion(nn.Module):
+    """Matches each branch with the targets and sums the weighted losses.
+
+    All losses are divided by the number of targets, not of positives: a one-to-many loss sums up
+    to k pairs per target, as in the published recipe.
+    """
+
+    def __init__(
+        self,
+        assignment: AssignmentConfig,
+        loss: LossConfig,
+        *,
+        objectives: Sequence[Objective] | None = None,
+        impl: Impl = "auto",
+    ) -> None:
+        """Build the objectives.
+
+        Args:
+            assignment: options of the matchers.
+            loss: weights and options of the loss terms.
+            objectives: to use instead of those of the configuration.
+            impl: implementation of assignment and focal loss; may be assigned to.
+        """
+        super().__init__()
+        self.loss = loss
+        self.objectives = tuple(objectives or build_objectives(assignment, loss))
+        self.impl: Impl = impl
+
+    def forward(
+        self,
+        output: DetectorOutput,
+        targets: Targets,
+        *,
+        num_targets: Tensor | None = None,
+        priority: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> LossOutput:
+        """Losses of one batch.
+
+        Args:
+            output: of a detector in training mode.
+            targets: T slots per image; images and whole batches without targets run the same graph.
+            num_targets: 0-dim, mean number of targets per rank (default: of this batch). At least
+                1 is used.
+            priority: [N, B, Q] or [B, Q], which one-to-many positives are kept (default: random).
+            generator: source of random priorities.
+
+        Raises:
+            ValueError: the output has a branch that no objective supervises.
+        """
+        if num_targets is None:
+            num_targets = targets.count.sum()
+        normalizer = num_targets.to(torch.promote_types(output.one_to_one.boxes.dtype, torch.float))
+        normalizer = normalizer.clamp(min=1.0)
+        assignments = self.assign(output, targets, priority=priority, generator=generator)
+        weighted, terms = [], {}
+        for objective, branch in self._supervised(output):
+            inputs = loss_inputs(
+                branch.predictions,
+                targets,
+                assignments[objective.branch],
+                self.loss,
+                impl=self.impl,
+            )
+            for term, weight in objective.weights.items():
+                values = LOSS_TERMS[term](inputs) / normalizer
+                weighted.append(weight * values.sum())
+                terms[f"{objective.branch}/{term}"] = values.detach()
+        return LossOutput(torch.stack(weighted).sum(), terms)
+
+    @torch.no_grad()
+    def assign(
+        self,
+        output: DetectorOutput,
+        targets: Targets,
+        *,
+        priority: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Assignment]:
+        """Assignments of all supervised branches by name; the arguments are those of `forward`."""
+        assignments: dict[str, Assignment] = {}
+        for objective, branch in self._supervised(output):
+            order = priority
+            if order is not None and order.dim() == 3:
+                order = order[objective.layers]
+            context = MatchContext(assignments, order, generator, self.impl)
+            assignments[objective.branch] = objective.matcher(branch, targets, context)
+        return assignments
+
+    def _supervised(self, output: DetectorOutput) -> list[tuple[Objective, Branch]]:
+        """Objectives whose branch the output has, with the supervised layers of that branch."""
+        names = [objective.branch for objective in self.objectives]
+        if unsupervised := output.branches.keys() - set(names):
+            raise ValueError(f"no objective supervises {', '.join(sorted(unsupervised))}")
+        supervised = []
+        for objective in self.objectives:
+            branch = output.branches.get(objective.branch)
+            if branch is not None:
+                logits, boxes = (x[objective.layers] for x in branch.predictions)
+                branch = branch._replace(predictions=Predictions(logits, boxes))
+                supervised.append((objective, branch))
+        return supervised

@@ -1,0 +1,180 @@
+"""Matchers: which queries of a branch answer for which targets.
+
+A matcher is a frozen dataclass of its options whose call returns an `Assignment`. To add one, write
+a class here that satisfies `Matcher`, and return it from the function below that builds the matcher
+of its branch from the configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from msdetr.config import AssignmentConfig
+from msdetr.ops.dispatch import Impl
+from msdetr.ops.linear_assignment import linear_assignment_of_layers
+from msdetr.ops.matching_cost import matching_cost
+from msdetr.ops.one_to_many import one_to_many
+from msdetr.structures import Assignment, Branch, Targets
+
+
+class MatchContext(NamedTuple):
+    """Everything besides predictions and targets that a matcher may depend on."""
+
+    assignments: Mapping[str, Assignment] = {}
+    """Assignments of the objectives before this one, by branch."""
+    priority: Tensor | None = None
+    """[N, B, Q] or [B, Q], random order in which positives are kept; None draws it."""
+    generator: torch.Generator | None = None
+    """Source of random numbers that are not given; None is PyTorch's default generator."""
+    impl: Impl = "auto"
+    """Implementation of the operators, see `msdetr.ops.dispatch`."""
+
+
+class Matcher(Protocol):
+    """Matches the queries of one branch with targets, for all layers and images at once.
+
+    Reads nothing back from the device. Gradients are off.
+    """
+
+    def __call__(self, branch: Branch, targets: Targets, context: MatchContext) -> Assignment:
+        """Assignment with k places per target."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneToOne:
+    """One query per target at least total cost (Carion et al., DETR, eq. 1).
+
+    The costs are those of `msdetr.ops.matching_cost`.
+    """
+
+    cost_class: float
+    cost_bbox: float
+    cost_giou: float
+    class_agnostic: bool = False
+    """All targets have class 0, "object", whatever their labels."""
+    by_anchors: bool = False
+    """Match the anchors of the branch instead of its predicted boxes."""
+
+    def __call__(self, branch: Branch, targets: Targets, context: MatchContext) -> Assignment:
+        """Assignment with one place per target.
+
+        Raises:
+            ValueError: `by_anchors` is set and the branch has no anchors.
+        """
+        logits, boxes = branch.predictions
+        if self.by_anchors:
+            if branch.anchors is None:
+                raise ValueError("the matcher reads anchors, and the branch has none")
+            boxes = branch.anchors[None]
+        cost = matching_cost(
+            logits,
+            boxes,
+            targets,
+            cost_class=self.cost_class,
+            cost_bbox=self.cost_bbox,
+            cost_giou=self.cost_giou,
+            class_agnostic=self.class_agnostic,
+            impl=context.impl,
+        )
+        labels = None if self.class_agnostic else targets.labels
+        query_index, mask, target_class = linear_assignment_of_layers(
+            cost, targets.count, labels, impl=context.impl
+        )
+        return Assignment(query_index[..., None], mask[..., None], target_class)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneToMany:
+    """Up to k queries per target (MS-DETR, section 3.2); see `msdetr.ops.one_to_many`.
+
+    A query that serves several targets stands in the places of all of them and learns the class of
+    the pair with the highest score.
+    """
+
+    k: int
+    threshold: float
+    positive_fraction: float
+    iou_weight: float
+    class_weight: float
+    merge_with: str | None = None
+    """Branch whose one-to-one pairs are added as place k + 1. Each query then keeps only the target
+    that it scores highest for, and a pair is added only where its query is still free."""
+
+    def __call__(self, branch: Branch, targets: Targets, context: MatchContext) -> Assignment:
+        """Assignment with k places per target, or k + 1 with `merge_with`.
+
+        Raises:
+            ValueError: `merge_with` was not assigned before.
+        """
+        logits, boxes = branch.predictions
+        priority = context.priority
+        if priority is None:
+            shape, device = logits.shape[:3], logits.device
+            priority = torch.rand(shape, device=device, generator=context.generator)
+        pairs = one_to_many(
+            logits,
+            boxes,
+            targets,
+            priority,
+            k=self.k,
+            threshold=self.threshold,
+            positive_fraction=self.positive_fraction,
+            cost_box=self.iou_weight,
+            cost_class=self.class_weight,
+            impl=context.impl,
+        )
+        if self.merge_with is None:
+            return Assignment(pairs.query_index, pairs.mask, pairs.best_class)
+        other = context.assignments.get(self.merge_with)
+        if other is None:
+            raise ValueError(f"indices_merge needs the assignment of {self.merge_with!r} before it")
+        num_slots = targets.labels.shape[1]  # `best_target` of a query without a target
+        slots = torch.arange(num_slots, device=logits.device)[:, None]
+        is_best = pairs.mask & (_at_pairs(pairs.best_target, pairs.query_index) == slots)
+        is_free = other.mask & (_at_pairs(pairs.best_target, other.query_index) == num_slots)
+        return Assignment(
+            torch.cat((pairs.query_index, other.query_index), dim=-1),
+            torch.cat((is_best, is_free), dim=-1),
+            torch.where(pairs.best_target < num_slots, pairs.best_class, other.target_class),
+        )
+
+
+def one_to_one_matcher(config: AssignmentConfig) -> Matcher:
+    """Matcher of the decoder's predictions with their costs."""
+    return OneToOne(
+        cost_class=config.cost_class, cost_bbox=config.cost_bbox, cost_giou=config.cost_giou
+    )
+
+
+def one_to_many_matcher(config: AssignmentConfig) -> Matcher:
+    """Matcher of the one-to-many branch."""
+    return OneToMany(
+        k=config.one_to_many_k,
+        threshold=config.one_to_many_threshold,
+        positive_fraction=config.positive_fraction,
+        iou_weight=config.one_to_many_cost_box,
+        class_weight=config.one_to_many_cost_class,
+        merge_with="one_to_one" if config.indices_merge else None,
+    )
+
+
+def encoder_matcher(config: AssignmentConfig) -> Matcher:
+    """Matcher of the encoder's proposals. They tell objects from background, not classes."""
+    return OneToOne(
+        cost_class=config.encoder_cost_class,
+        cost_bbox=config.cost_bbox,
+        cost_giou=config.cost_giou,
+        class_agnostic=True,
+        by_anchors=config.encoder_match == "anchors",
+    )
+
+
+def _at_pairs(per_query: Tensor, query_index: Tensor) -> Tensor:
+    """Values [N, B, Q] at the queries of pairs [N, B, T, k]."""
+    return per_query.gather(2, query_index.flatten(2)).view_as(query_index)

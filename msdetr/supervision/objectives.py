@@ -1,0 +1,56 @@
+"""The objectives of a configuration: a list of branches with their matchers and loss weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from msdetr.config import AssignmentConfig, LossConfig
+from msdetr.supervision.losses import loss_weights
+from msdetr.supervision.matchers import (
+    Matcher,
+    encoder_matcher,
+    one_to_many_matcher,
+    one_to_one_matcher,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Supervision of one branch of the detector's output."""
+
+    branch: str
+    """Key of `DetectorOutput.branches`."""
+    matcher: Matcher
+    """Assigns the branch's queries to targets."""
+    weights: Mapping[str, float]
+    """Weight of each loss term, by its name in `msdetr.supervision.losses.LOSS_TERMS`."""
+    last_layer_only: bool = False
+    """Supervise the last layer of the branch instead of all layers."""
+
+    @property
+    def layers(self) -> slice:
+        """The supervised layers of the branch."""
+        return slice(-1, None) if self.last_layer_only else slice(None)
+
+
+def build_objectives(assignment: AssignmentConfig, loss: LossConfig) -> tuple[Objective, ...]:
+    """All objectives, in the order in which they are computed and logged.
+
+    A matcher may read the assignments of the objectives before its own. An objective whose branch
+    the detector does not have is skipped.
+    """
+    matchers = {
+        "one_to_one": one_to_one_matcher(assignment),
+        "one_to_many": one_to_many_matcher(assignment),
+        "encoder": encoder_matcher(assignment),
+    }
+    return tuple(
+        Objective(
+            branch=branch,
+            matcher=matcher,
+            weights=loss_weights(loss, branch),
+            last_layer_only=not loss.auxiliary,
+        )
+        for branch, matcher in matchers.items()
+    )
