@@ -10,8 +10,8 @@ SMALLEST_AREA = 1e-30
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """`x` in float32, or as it is where it is float32 or float64: geometry and losses never run in
-    half precision."""
+    """`x` in float32, or unchanged if it is float64. Geometry and losses never run in half
+    precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

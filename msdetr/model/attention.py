@@ -1,4 +1,4 @@
-"""The two attentions of the detector, with the parameters of the published code."""
+"""Deformable attention and self-attention, with the parameters of the published code."""
 
 from __future__ import annotations
 

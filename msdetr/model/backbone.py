@@ -51,7 +51,7 @@ class ResNetBackbone(nn.Module):
 
     @property
     def stages(self) -> tuple[nn.Module, ...]:
-        """What runs after the stem, one after the other."""
+        """The stages after the stem, in order."""
         return self.layer1, self.layer2, self.layer3, self.layer4
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
@@ -88,8 +88,8 @@ def _bottleneck(x: Tensor, block: Bottleneck) -> Tensor:
 
 
 def _conv_norm(x: Tensor, conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> Tensor:
-    # A frozen BatchNorm is a scale and a shift per channel. Folded into the convolution's weight
-    # they cost a pass over the weight instead of two over the activations, forward and backward.
+    # A frozen BatchNorm scales and shifts each channel. Folded into the convolution's weight, this
+    # reads the weight once instead of the activations twice, in both passes.
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     shift = norm.bias - norm.running_mean * scale
     weight = conv.weight * scale[:, None, None, None]
@@ -141,7 +141,7 @@ class _ConvNorm(nn.Module):
 
 
 class _Downsample(nn.Module):
-    """Halves height and width."""
+    """Strided convolution that halves height and width."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
@@ -166,12 +166,12 @@ class _Residual(nn.Module):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm of 32 groups as published, or the most groups that divide a narrower width."""
+    """GroupNorm with 32 groups as published, or gcd(32, width) for narrower layers."""
     return nn.GroupNorm(math.gcd(32, channels), channels)
 
 
 def build_backbone(config: ModelConfig) -> ResNetBackbone | ConvNetBackbone:
-    """The backbone of a configuration, not yet loaded with weights."""
+    """Backbone of a configuration, with random weights."""
     if config.backbone == "convnet":
         backbone = ConvNetBackbone()
         backbone.requires_grad_(config.train_backbone)
@@ -182,8 +182,8 @@ def build_backbone(config: ModelConfig) -> ResNetBackbone | ConvNetBackbone:
 def load_backbone_weights(backbone: nn.Module, config: ModelConfig) -> None:
     """Load the initial weights that `config.backbone_weights` names.
 
-    In a distributed run only the main rank loads (and downloads) them;
-    `DistributedDataParallel` hands its weights to the others.
+    In a distributed run only the main rank loads (and downloads) them. Distribution copies them to
+    the other ranks.
 
     Raises:
         ValueError: the name is unknown, or the file is missing or does not fit.

@@ -1,10 +1,10 @@
-"""Published checkpoints: their parameter names and ours, and files read without running them.
+"""Published checkpoints: conversion of parameter names, and safe loading of files.
 
 The published model lists tensors under several names: the decoder registers the box heads (and in
-two stages the class heads) a second time, implementation (a) its box heads a third time, and
-without box refinement all layers share one head that is listed once per layer. Ours has each
-tensor once. The first name of such a group, without `transformer.decoder.` and with the lowest
-layer, is called canonical; it is also the name under which the published code trains it.
+two stages the class heads) a second time. Implementation (a) registers its box heads a third time.
+Without box refinement, all layers share one head that is listed once per layer. Our model lists
+each tensor once. The canonical name of a tensor is its published name without
+`transformer.decoder.` and with the lowest layer. The published code trains it under that name.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def published_name(our_name: str) -> str:
 def published_to_ours(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Rename a published state dict (`module.` prefix or not) to ours, each tensor once.
 
-    Names are converted, completeness is not checked: `load_state` does that. What neither model
-    uses (`split_ignored`) is left out.
+    Completeness is not checked here but in `load_state`. Tensors that neither model uses
+    (`split_ignored`) are left out.
 
     Args:
         state_dict: published names -> tensors.
@@ -233,7 +233,7 @@ def load_state(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 
 
 def check_state(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Compare names and shapes with the model's own; the content does not matter.
+    """Compare names and shapes with those of the model, without reading values.
 
     Raises:
         ValueError: as `load_state`.
@@ -259,14 +259,14 @@ def _both_names(our_name: str) -> str:
 
 @dataclass(frozen=True)
 class PublishedCheckpoint:
-    """What a published `.pth` file holds, in our terms."""
+    """Content of a published `.pth` file, converted to our names."""
 
     config: RunConfig
     """Configuration from its `args`, or as given by the caller."""
     state_dict: dict[str, Tensor]
     """Weights under our names, on the CPU."""
     epoch: int | None
-    """The last finished epoch, counted from 0, where the file tells it."""
+    """The last finished epoch, counted from 0; None where the file has none."""
     ignored: dict[str, Tensor]
     """Tensors that neither model uses, under their published names."""
 
@@ -277,14 +277,14 @@ def load_published_checkpoint(
     config: RunConfig | None = None,
     implementation: Implementation | None = None,
 ) -> PublishedCheckpoint:
-    """Read a published checkpoint without running anything that it contains.
+    """Load a published checkpoint without executing any code in it.
 
     Args:
         path: a file with `model`, `args` and perhaps `epoch`, or a bare state dict.
-        config: what the weights belong to; None derives it from `args`. Where it leaves
-            `num_classes` open, and always where it is derived, the class heads decide: the
-            published code names no number for custom data.
-        implementation: whose `args` they are, see `config_from_published_args`.
+        config: configuration of the weights; None derives it from `args`. The class heads set
+            `num_classes` where `config` leaves it open or is derived: the published arguments do
+            not hold it for custom data.
+        implementation: published code that wrote `args`, see `config_from_published_args`.
 
     Raises:
         ValueError: the file is no checkpoint, needs objects other than tensors, plain values and

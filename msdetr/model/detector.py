@@ -24,7 +24,7 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 
 
 class Detector(nn.Module):
-    """MS-DETR and its relatives; `ModelConfig` says which.
+    """MS-DETR and its relatives, selected by `ModelConfig`.
 
     Raises:
         ValueError: `config.num_classes` is not set.
@@ -52,10 +52,10 @@ class Detector(nn.Module):
         self.register_buffer("pixel_std", _per_channel(PIXEL_STD), persistent=False)
 
     def forward(self, images: ImageBatch) -> DetectorOutput:
-        """Detect.
+        """Detect objects in a batch of images.
 
         Args:
-            images: uint8 pixels are normalised here; floating point ones are taken as they are.
+            images: uint8 pixels are normalised here; floating-point pixels are used unchanged.
 
         Returns:
             Predictions of all decoder layers. In training mode also those of the one-to-many branch
@@ -116,7 +116,7 @@ class Detector(nn.Module):
 
 
 def build_detector(config: ModelConfig, *, initialize_backbone: bool = True) -> Detector:
-    """The detector of a configuration.
+    """Build the detector of a configuration.
 
     Args:
         config: with `num_classes` set.

@@ -12,8 +12,8 @@ from msdetr.model.backbone import group_norm
 class Neck(nn.Module):
     """1x1 projections of backbone stages, and strided 3x3 convolutions for coarser levels.
 
-    Up to as many levels as there are stages are the last stages; further levels start from the
-    last stage's features.
+    Levels come from the last backbone stages as far as these go. Further levels are strided
+    convolutions of the last stage and of each other.
     """
 
     def __init__(self, channels: Sequence[int], hidden_dim: int, num_levels: int) -> None:
