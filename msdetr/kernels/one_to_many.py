@@ -62,8 +62,8 @@ def score_kernel(
     num_queries,
     num_targets,
     num_classes,
-    cost_box,
-    cost_class,
+    iou_weight,
+    class_weight,
     stride_ln,
     stride_lb,
     stride_lq,
@@ -102,7 +102,7 @@ def score_kernel(
         label = tl.minimum(tl.maximum(label, 0), num_classes - 1)
         logit = tl.load(logits_ptr + label * stride_lk, mask=exists, other=0.0)
         probability = tl.div_rn(1.0, 1.0 + tl.exp(-logit.to(tl.float32)))
-        score = cost_box * quotient(intersection, union) + cost_class * probability
+        score = iou_weight * quotient(intersection, union) + class_weight * probability
         score = tl.where(is_finite(score) & (broken == 0), score, WORST)
         tl.store(score_ptr + target.to(tl.int64) * num_queries, score, mask=exists)
         better = score > best_score
@@ -241,12 +241,11 @@ def one_to_many(
     target_boxes: Tensor,
     count: Tensor,
     priority: Tensor,
-    *,
     k: int,
     threshold: float,
     limit: int,
-    cost_box: float,
-    cost_class: float,
+    iou_weight: float,
+    class_weight: float,
     worst: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Query [N, B, T, k] int64, mask and score of the pairs; of each query [N, B, Q] int64 the
@@ -285,8 +284,8 @@ def one_to_many(
         target,
         *sizes,
         classes,
-        float(cost_box),
-        float(cost_class),
+        float(iou_weight),
+        float(class_weight),
         *logits.stride(),
         *boxes.stride(),
         WORST=worst,

@@ -14,13 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_LIBRARY = torch.library.Library("msdetr", "FRAGMENT")
-for _schema in (
-    "dropout(Tensor x, float p) -> (Tensor output, Tensor kept)",
-    "relu_dropout(Tensor x, float p) -> Tensor",
-):
-    # The tag keeps compiled code from drawing again in the backward pass.
-    _LIBRARY.define(_schema, tags=(torch.Tag.nondeterministic_seeded,))
+from msdetr.ops.registration import register_op
 
 _LEVELS = 1 << 16
 """How many values a 16-bit number has."""
@@ -127,13 +121,22 @@ def _relu_dropout_formula(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return passed.mul_(_scale(ctx.p)), None
 
 
-_LIBRARY.impl("dropout", _dropout, "CPU")
-_LIBRARY.impl("relu_dropout", _relu_dropout, "CPU")
-torch.library.register_fake("msdetr::dropout", _dropout_fake, lib=_LIBRARY)
-torch.library.register_fake("msdetr::relu_dropout", _relu_dropout_fake, lib=_LIBRARY)
-torch.library.register_autograd(
-    "msdetr::dropout", _dropout_formula, setup_context=_save_kept, lib=_LIBRARY
+# The tag keeps compiled code from drawing again in the backward pass.
+register_op(
+    "dropout(Tensor x, float p) -> (Tensor output, Tensor kept)",
+    _dropout,
+    fake=_dropout_fake,
+    backward=_dropout_formula,
+    save=_save_kept,
+    devices=("CPU",),
+    tags=(torch.Tag.nondeterministic_seeded,),
 )
-torch.library.register_autograd(
-    "msdetr::relu_dropout", _relu_dropout_formula, setup_context=_save_output, lib=_LIBRARY
+register_op(
+    "relu_dropout(Tensor x, float p) -> Tensor",
+    _relu_dropout,
+    fake=_relu_dropout_fake,
+    backward=_relu_dropout_formula,
+    save=_save_output,
+    devices=("CPU",),
+    tags=(torch.Tag.nondeterministic_seeded,),
 )

@@ -446,28 +446,25 @@ class TestOneToMany:
             check_pairs(scene, torch.rand(2, queries), kernel_device, **options)
 
 
-@pytest.mark.parametrize("op", ["matching_cost", "linear_assignment", "one_to_many"])
+@pytest.mark.parametrize(
+    "op",
+    [
+        "matching_cost",
+        "linear_assignment",
+        "linear_assignment_scipy",
+        "one_to_many",
+        "one_to_many_chunked",
+    ],
+)
 def test_opcheck(kernel_device, op):
-    scene = moved(random_scene((3, 2), queries=6), kernel_device)
-    arguments = {
-        "matching_cost": (scene.logits, scene.boxes, *scene.targets, 2.0, 5.0, 2.0),
-        "linear_assignment": (
-            torch.rand(2, 2, 6, 5, device=kernel_device),
-            scene.targets.count,
-            scene.targets.labels,
-            "triton",
-        ),
-        "one_to_many": (
-            scene.logits,
-            scene.boxes,
-            *scene.targets,
-            torch.rand(2, 6, device=kernel_device),
-            3,
-            0.4,
-            3,
-            0.7,
-            0.3,
-            "triton",
-        ),
-    }
-    torch.library.opcheck(getattr(torch.ops.msdetr, op).default, arguments[op])
+    device = torch.device("cpu") if op.endswith("_chunked") else kernel_device
+    logits, boxes, targets = moved(random_scene((3, 2), queries=6), device)
+    if op == "matching_cost":
+        arguments = (logits, boxes, *targets, 2.0, 5.0, 2.0)
+    elif op.startswith("linear_assignment"):
+        cost = torch.rand(2, 2, 6, 5, device=device)
+        arguments = (cost, targets.count, targets.labels)
+    else:
+        priority = torch.rand(2, 6, device=device)
+        arguments = (logits, boxes, *targets, priority, 3, 0.4, 3, 0.7, 0.3)
+    torch.library.opcheck(getattr(torch.ops.msdetr, op).default, arguments)

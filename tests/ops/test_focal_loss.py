@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from msdetr.ops import focal_loss_library
+from msdetr.ops import focal_loss as focal_loss_module
 from msdetr.ops.focal_loss import focal_loss
 
 FOCAL = {"alpha": 0.25, "gamma": 2.0}
@@ -331,8 +331,8 @@ class TestKernel:
         arguments = (call.logits, call.target_class, call.alpha, call.gamma)
         with PoisonedMemory():
             found = (
-                focal_loss_library._forward(*arguments),
-                focal_loss_library._backward(call.grad_output, *arguments),
+                focal_loss_module._forward(*arguments),
+                focal_loss_module._backward(call.grad_output, *arguments),
             )
         for mine, expected in zip(found, call.run("triton"), strict=True):
             assert torch.equal(mine, expected)
@@ -487,7 +487,7 @@ class TestGpu:
         expected = queries * classes * 0.75 * 0.25 * 0.6931472
         assert loss.item() == pytest.approx(expected, rel=1e-4)
         loss.sum().backward()
-        tail = focal_loss_library._backward(
+        tail = focal_loss_module._backward(
             torch.ones(1, device=kernel_device),
             logits.detach()[..., -9:, :],
             target_class[..., -9:],

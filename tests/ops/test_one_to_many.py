@@ -1,8 +1,9 @@
-"""One-to-many assignment against its rule told image by image, on scenes full of ties."""
+"""One-to-many assignment: both PyTorch versions against each other and a loop over images."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from msdetr.boxes import box_iou, cxcywh_to_xyxy
-from msdetr.ops import one_to_many_reference as reference
-from msdetr.ops.one_to_many import OneToMany, one_to_many
+from msdetr.ops import one_to_many_chunked as chunked
+from msdetr.ops.one_to_many import OneToMany
+from msdetr.ops.one_to_many import one_to_many as public_one_to_many
 from msdetr.structures import Targets
 
 OPTIONS = {"k": 3, "threshold": 0.4, "positive_fraction": 0.5}
@@ -42,7 +44,7 @@ def assign_image(
     threshold: float,
     positive_fraction: float,
 ) -> list[list[int]]:
-    """The rule for one image and layer: scores[target][query] to the queries of each target."""
+    """Queries of each target of one image and layer, from scores[target][query]."""
     targets, queries = range(len(scores)), range(len(priority))
     if not scores:
         return []
@@ -103,6 +105,15 @@ def found_queries(pairs: OneToMany, targets: Targets) -> list[list[list]]:
         ]
         for layer in range(len(pairs.mask))
     ]
+
+
+def one_to_many(*arguments: Any, **options: float) -> OneToMany:
+    """The result of `impl="auto"`, which must equal the reference index by index."""
+    result = public_one_to_many(*arguments, **options)
+    expected = public_one_to_many(*arguments, **options, impl="reference")
+    assert [field.dtype for field in result] == [field.dtype for field in expected]
+    assert_same(result, expected)
+    return result
 
 
 def assert_same(a: OneToMany, b: OneToMany) -> None:
@@ -336,7 +347,7 @@ def test_all_predictions_nan_still_give_every_target_a_query():
 def test_score_weights_and_half_precision():
     scene = random_scene((3, 2))
     priority = torch.rand(2, 12)
-    only_boxes = OPTIONS | {"cost_box": 1.0, "cost_class": 0.0}
+    only_boxes = OPTIONS | {"iou_weight": 1.0, "class_weight": 0.0}
     pairs = one_to_many(*scene, priority, **only_boxes)
     other_logits = scene._replace(logits=torch.randn_like(scene.logits))
     assert_same(pairs, one_to_many(*other_logits, priority, **only_boxes))
@@ -357,41 +368,40 @@ def test_best_first():
 
 
 @pytest.mark.parametrize("queries", [12, 16])
-@pytest.mark.parametrize("parts", ["_CHUNK_PAIRS", "_BLOCK_PAIRS"])
-def test_parts_do_not_matter(parts, queries, monkeypatch):
+@pytest.mark.parametrize("max_pairs", ["_CHUNK_PAIRS", "_BLOCK_PAIRS"])
+def test_chunks_do_not_change_the_result(max_pairs, queries, monkeypatch):
     scene = random_scene((4, 0, 7, 2, 1), layers=7, queries=queries)
     priority = torch.rand(7, 5, queries)
-    whole = one_to_many(*scene, priority, **OPTIONS)
-    monkeypatch.setattr(reference, parts, 1)
+    monkeypatch.setattr(chunked, max_pairs, 1)
     pairs = scene.targets.mask.shape[1] * queries
-    assert len(reference._parts(35, pairs, 1, torch.device("cpu"))) > 1
-    assert_same(one_to_many(*scene, priority, **OPTIONS), whole)
+    assert len(chunked._chunks(35, pairs, 1)) > 1
+    one_to_many(*scene, priority, **OPTIONS)
 
 
 @pytest.mark.parametrize("queries", [1, 7, 30, 36])
-@pytest.mark.parametrize("most", [0, 1, 3, 6])
-def test_top_k_is_a_stable_sort(most, queries):
+@pytest.mark.parametrize("max_count", [0, 1, 3, 6])
+def test_top_k_is_a_stable_sort(max_count, queries):
     scores = torch.randint(3, (15, queries)).float()
     scores[0] = -math.inf
     k = min(queries, 6)
-    count = torch.randint(min(most, k) + 1, (15,))
+    count = torch.randint(min(max_count, k) + 1, (15,))
     expected = scores.sort(dim=1, descending=True, stable=True)
     size = {1: 1, 7: 1, 30: 5, 36: 6}[queries]
     in_groups = scores.view(-1, size).clone()
     groups = in_groups.amax(-1).view(15, -1)
     begin = torch.arange(0, len(in_groups), groups.shape[1])
-    best = reference._best_of_rows(in_groups, groups, begin)
-    values, indices = reference._top_k_(in_groups, groups, best, count, k)
+    best = chunked._best_of_rows(in_groups, groups, begin)
+    values, indices = chunked._top_k_(in_groups, groups, best, count, k)
     wanted = torch.arange(k) < count[:, None]
     assert torch.equal(values[wanted], expected.values[:, :k][wanted])
-    wanted[0] = False  # which of its queries does not matter
+    wanted[0] = False  # its queries are arbitrary
     assert torch.equal(indices[wanted], expected.indices[:, :k][wanted])
 
 
 def test_first_max_is_that_of_torch():
     score = torch.randint(3, (4, 7, 11)).float()
     score[0] = -math.inf
-    assert all(map(torch.equal, reference._first_max(score), score.max(dim=1)))
+    assert all(map(torch.equal, chunked._first_max(score), score.max(dim=1)))
 
 
 @pytest.mark.parametrize("limit", [0, 1, 5, 11, 20])
@@ -399,7 +409,7 @@ def test_the_lowest_are_those_of_a_stable_sort(limit):
     priority, among = torch.randint(4, (40, 11)).float(), torch.rand(40, 11) < 0.6
     order = priority.masked_fill(~among, math.inf).argsort(dim=1, stable=True)
     expected = torch.zeros_like(among).scatter_(1, order[:, :limit], True) & among
-    assert torch.equal(reference._lowest(priority, among, limit) & among, expected)
+    assert torch.equal(chunked._lowest(priority, among, limit) & among, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -411,10 +421,18 @@ def test_iou_is_that_of_boxes(dtype):
     boxes = torch.cat((random_scene((3,), queries=40, dtype=dtype).boxes[0, 0], odd))[None]
     usual = random_scene((3,), dtype=dtype).targets.boxes
     targets = torch.cat((usual, torch.tensor([[[0.5, 0.5, 1e-16, 1e-16]]], dtype=dtype)), dim=1)
-    planes = reference._corners_and_area(boxes)[:, :, None]
-    target_planes = reference._corners_and_area(targets)[..., None]
+    planes = chunked._corners_and_area(boxes)[:, :, None]
+    target_planes = chunked._corners_and_area(targets)[..., None]
     out = torch.empty(1, targets.shape[1], boxes.shape[1], dtype=dtype)
-    found = reference._iou(planes, target_planes, out)
+    found = chunked._iou(planes, target_planes, out)
     assert found is out
     expected = box_iou(cxcywh_to_xyxy(boxes)[:, None], cxcywh_to_xyxy(targets)[:, :, None])
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_compiles_in_one_graph(impl):
+    scene, priority = random_scene((3, 2)), torch.rand(2, 12)
+    compiled = torch.compile(public_one_to_many, backend="aot_eager", fullgraph=True)
+    result = compiled(*scene, priority, **OPTIONS, impl=impl)
+    assert_same(OneToMany(*result), one_to_many(*scene, priority, **OPTIONS))
