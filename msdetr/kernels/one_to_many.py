@@ -241,12 +241,12 @@ def one_to_many(
     target_boxes: Tensor,
     count: Tensor,
     priority: Tensor,
+    worst: float,
     k: int,
     threshold: float,
     limit: int,
     iou_weight: float,
     class_weight: float,
-    worst: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Query [N, B, T, k] int64, mask and score of the pairs; of each query [N, B, Q] int64 the
     target of its best pair, T if none, and that target's class, -1 if none.

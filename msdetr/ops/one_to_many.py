@@ -7,6 +7,7 @@ target. Each target then takes as many of its best queries as voted for it, k at
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -86,12 +87,12 @@ def one_to_many(
         unsupported = "the kernel computes in float32, got float64 boxes"
     elif queries > _MAX_QUERIES:
         unsupported = f"the kernel takes up to {_MAX_QUERIES} queries, got {queries}"
-    function = {
+    implementations: dict[str, Callable[..., tuple[Tensor, ...]]] = {
         "reference": _reference,
         "chunked": torch.ops.msdetr.one_to_many_chunked,
         "triton": torch.ops.msdetr.one_to_many,
-    }[resolve_impl("one_to_many", impl, boxes.device, unsupported)]
-    result = function(
+    }
+    result = implementations[resolve_impl("one_to_many", impl, boxes.device, unsupported)](
         logits.detach(),
         boxes.detach(),
         *targets,
@@ -125,8 +126,8 @@ def _reference(
     iou = pairwise_iou(corners, cxcywh_to_xyxy(boxes))  # [N, B, T, Q]
     index = labels[None, :, None].expand(*logits.shape[:3], -1)
     probability = at_least_float32(logits.gather(3, index)).sigmoid().transpose(2, 3)
-    score = (iou_weight * iou + class_weight * probability).nan_to_num(*[WORST_SCORE] * 3)
-    score = score.masked_fill(~targets.mask[..., None], -math.inf)
+    score = iou_weight * iou + class_weight * probability
+    score = score.nan_to_num(WORST_SCORE, WORST_SCORE, WORST_SCORE).masked_fill(~targets.mask[..., None], -math.inf)
     ranked_score, ranked_query = score.sort(dim=3, descending=True, stable=True)
     top_score, top_query = ranked_score[..., :k], ranked_query[..., :k]
     kept_count = torch.zeros_like(score[..., 0], dtype=torch.int64)
@@ -168,7 +169,7 @@ def _chunked(
     *options: Any,
 ) -> OneToMany:
     targets = Targets(labels, target_boxes, count)
-    pairs = find_pairs(logits, boxes, targets, priority, *options, WORST_SCORE)
+    pairs = find_pairs(logits, boxes, targets, priority, WORST_SCORE, *options)
     return OneToMany(*pairs, *_best_of_queries(pairs, labels, logits.shape[2]))
 
 
@@ -184,7 +185,7 @@ def _kernel(
     from msdetr.kernels import one_to_many as kernel
 
     targets = (labels.contiguous(), target_boxes.contiguous(), count.contiguous())
-    return kernel.one_to_many(logits, boxes, *targets, priority, *options, WORST_SCORE)
+    return kernel.one_to_many(logits, boxes, *targets, priority, WORST_SCORE, *options)
 
 
 def _fake(

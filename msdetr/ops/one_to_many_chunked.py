@@ -64,12 +64,12 @@ def find_pairs(
     boxes: Tensor,
     targets: Targets,
     priority: Tensor,
+    worst: float,
     k: int,
     threshold: float,
     limit: int,
     iou_weight: float,
     class_weight: float,
-    worst: float,
 ) -> Pairs:
     """The pairs of `msdetr.ops.one_to_many.one_to_many`, with `k` <= Q.
 
