@@ -127,7 +127,8 @@ def _reference(
     index = labels[None, :, None].expand(*logits.shape[:3], -1)
     probability = at_least_float32(logits.gather(3, index)).sigmoid().transpose(2, 3)
     score = iou_weight * iou + class_weight * probability
-    score = score.nan_to_num(WORST_SCORE, WORST_SCORE, WORST_SCORE).masked_fill(~targets.mask[..., None], -math.inf)
+    score = score.nan_to_num(WORST_SCORE, WORST_SCORE, WORST_SCORE)
+    score = score.masked_fill(~targets.mask[..., None], -math.inf)
     ranked_score, ranked_query = score.sort(dim=3, descending=True, stable=True)
     top_score, top_query = ranked_score[..., :k], ranked_query[..., :k]
     kept_count = torch.zeros_like(score[..., 0], dtype=torch.int64)
