@@ -103,20 +103,25 @@ def from_columns(tiles, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def load_reference(pointers, width, height, ROWS: tl.constexpr, R: tl.constexpr, P: tl.constexpr):
     """Reference points in pixels: (x, y) of an offset of zero, and pixels per unit of offset.
 
-    `pointers` [ROWS] to R = 2 coordinates (an offset is in pixels) or R = 4 (cxcywh, an offset is
-    in box sides over 2 P), as fractions of the map. The product is fused with the sum: kernels that
-    share samples out by their positions must find the same ones, to the last bit.
+    `pointers` [ROWS] to R = 2 coordinates (offsets are in pixels) or R = 4 (cxcywh, offsets are in
+    box sides divided by 2 P), as fractions of the map. R = 0: "offsets" are locations, fractions
+    of the map. The product is fused with the sum explicitly: kernels that divide samples by their
+    positions must compute identical bits.
     """
-    row = tl.load(pointers[:, None] + tl.arange(0, R)[None, :]).to(tl.float32)
-    if R == 2:
-        x, y = tl.split(row)
-        step_x = tl.full((ROWS,), 1.0, tl.float32)
-        step_y = step_x
+    if R == 0:
+        result = (-0.5, -0.5, width, height)
     else:
-        x, y, box_width, box_height = columns(row, ROWS, 4)
-        step_x = box_width * (width * (0.5 / P))
-        step_y = box_height * (height * (0.5 / P))
-    return tl.fma(x, width, -0.5), tl.fma(y, height, -0.5), step_x, step_y
+        row = tl.load(pointers[:, None] + tl.arange(0, R)[None, :]).to(tl.float32)
+        if R == 2:
+            x, y = tl.split(row)
+            step_x = tl.full((ROWS,), 1.0, tl.float32)
+            step_y = step_x
+        else:
+            x, y, box_width, box_height = columns(row, ROWS, 4)
+            step_x = box_width * (width * (0.5 / P))
+            step_y = box_height * (height * (0.5 / P))
+        result = (tl.fma(x, width, -0.5), tl.fma(y, height, -0.5), step_x, step_y)
+    return result
 
 
 @triton.jit

@@ -189,10 +189,9 @@ def points_kernel(
         )
         float_height = height.to(tl.float32)
         float_width = width.to(tl.float32)
-        if R > 0:
-            x0, y0, step_x, step_y = load_reference(
-                reference + level * R, float_width, float_height, BLOCK_Q, R, P
-            )
+        x0, y0, step_x, step_y = load_reference(
+            reference + level * R, float_width, float_height, BLOCK_Q, R, P
+        )
         if NEED_REFERENCE:
             sum_x = tl.zeros((BLOCK_Q,), tl.float32)
             sum_y = tl.zeros((BLOCK_Q,), tl.float32)
@@ -210,12 +209,8 @@ def points_kernel(
             grad_ys = ()
             grad_ws = ()
             for i in tl.static_range(GROUP):
-                if R > 0:
-                    x = xs[i] * step_x + x0
-                    y = ys[i] * step_y + y0
-                else:
-                    x = xs[i] * float_width - 0.5
-                    y = ys[i] * float_height - 0.5
+                x = xs[i] * step_x + x0
+                y = ys[i] * step_y + y0
                 grad_x, grad_y, grad_w = _sample_gradients(
                     grad,
                     level_pointers,
@@ -238,12 +233,9 @@ def points_kernel(
                     if R == 4:
                         sum_width += grad_x * xs[i]
                         sum_height += grad_y * ys[i]
-                if R == 4:
+                if R != 2:
                     grad_x *= step_x
                     grad_y *= step_y
-                elif R == 0:
-                    grad_x *= float_width
-                    grad_y *= float_height
                 grad_xs = grad_xs + (grad_x,)
                 grad_ys = grad_ys + (grad_y,)
                 grad_ws = grad_ws + (grad_w,)
@@ -442,10 +434,9 @@ def value_kernel(
         )
         float_height = height.to(tl.float32)
         float_width = width.to(tl.float32)
-        if R > 0:
-            x0, y0, step_x, step_y = load_reference(
-                reference + level * R, float_width, float_height, BLOCK_Q, R, P
-            )
+        x0, y0, step_x, step_y = load_reference(
+            reference + level * R, float_width, float_height, BLOCK_Q, R, P
+        )
         for point in tl.static_range(0, P, GROUP):
             xs, ys = load_points(points + level * (P * 2), point, BLOCK_Q, GROUP, P)
             if R > 0:
@@ -455,12 +446,8 @@ def value_kernel(
                 ws = load_logits(weights + level * P, point, GROUP, P, 0.0)
             ws = columns(ws, BLOCK_Q, GROUP)
             for i in tl.static_range(GROUP):
-                if R > 0:
-                    x = xs[i] * step_x + x0
-                    y = ys[i] * step_y + y0
-                else:
-                    x = xs[i] * float_width - 0.5
-                    y = ys[i] * float_height - 0.5
+                x = xs[i] * step_x + x0
+                y = ys[i] * step_y + y0
                 rows = in_tile
                 if point + i >= P:
                     rows = rows & False

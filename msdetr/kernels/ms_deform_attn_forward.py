@@ -144,10 +144,9 @@ def forward_kernel(
         )
         float_height = height.to(tl.float32)
         float_width = width.to(tl.float32)
-        if R > 0:
-            x0, y0, step_x, step_y = load_reference(
-                reference + level * R, float_width, float_height, BLOCK_Q, R, P
-            )
+        x0, y0, step_x, step_y = load_reference(
+            reference + level * R, float_width, float_height, BLOCK_Q, R, P
+        )
         for point in tl.static_range(0, P, GROUP):
             xs, ys = load_points(points + level * (P * 2), point, BLOCK_Q, GROUP, P)
             if R > 0:
@@ -157,12 +156,8 @@ def forward_kernel(
                 ws = load_logits(weights + level * P, point, GROUP, P, 0.0)
             ws = columns(ws, BLOCK_Q, GROUP)
             for i in tl.static_range(GROUP):
-                if R > 0:
-                    x = xs[i] * step_x + x0
-                    y = ys[i] * step_y + y0
-                else:
-                    x = xs[i] * float_width - 0.5
-                    y = ys[i] * float_height - 0.5
+                x = xs[i] * step_x + x0
+                y = ys[i] * step_y + y0
                 acc = _add_sample(
                     acc,
                     level_pointers,
