@@ -1,18 +1,27 @@
-"""Backward kernels of multi-scale deformable attention: points and weights by a gather, `value` by
-reductions to global memory.
+"""Backward kernels of multi-scale deformable attention.
 
-Both recompute locations and weights from the inputs. With g the output's gradient, a the weight of
-a sample, (r, d) the fractions right and down of its pixel, and c_ij = <g, value of corner ij>, all
-of the first kernel's gradients are scalars of the four c_ij (corners outside count as zero):
+Both recompute locations and weights from the inputs. Let g be the gradient of the output, a the
+weight of a sample, (r, d) the fractions to the right and down of its pixel.
+
+`points_kernel` gathers. With c_ij = <g, value of corner ij>, 0 for corners outside, its gradients
+are functions of the four c_ij:
 
     weight        (1 - d) ((1 - r) c_00 + r c_01) + d ((1 - r) c_10 + r c_11)
     x (pixels)    a ((1 - d) (c_01 - c_00) + d (c_11 - c_10))
     y (pixels)    a ((1 - r) (c_10 - c_00) + r (c_11 - c_01))
 
-and the logits' gradient is the softmax's, a_k (gw_k - sum_j a_j gw_j), with all gw of a row kept in
-registers. The gradient of `value` at corner ij is the sum over samples of a times the corner's
-share times g: rows of D numbers, added by reductions of 16 bytes per thread. Order then differs
-from run to run; in fixed point (64-bit integers) it does not matter.
+The gradient of a logit is that of the softmax, a_k (gw_k - sum_j a_j gw_j). All gw of a row are
+kept in registers.
+
+`value_kernel` scatters. The gradient of `value` at corner ij is the sum over samples of the weight
+times the bilinear weight of the corner times g. These rows of D numbers are added to global memory
+by reductions of 16 bytes per thread. The order of additions varies between runs; in fixed point
+(64-bit integers) the result does not depend on it.
+
+Mapping. As in the forward kernel.
+
+Traffic. `points_kernel` reads what the forward kernel reads, and g. `value_kernel` reads points,
+weights, references and g once, and sends four rows of reductions per sample.
 """
 
 from __future__ import annotations
@@ -47,7 +56,7 @@ def load_gradient(
     SPLIT_D: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """The output's gradient of a tile, as float32 tiles; 0 where there is no query or channel."""
+    """Gradient of the output, as float32 tiles; 0 where there is no query or channel."""
     pointers = grad_output_ptr + row[:, None] + channel
     rows = in_tile[:, None]
     tiles = ()
@@ -128,7 +137,7 @@ def points_kernel(
     valid_ptr,  # [B, L, 2] (height, width) where HAS_VALID_SIZES
     grad_points_ptr,  # as points_ptr
     grad_weights_ptr,  # as weights_ptr
-    grad_reference_ptr,  # [B, M, Q, L, R] float32, one part per head, where NEED_REFERENCE
+    grad_reference_ptr,  # [B, M, Q, L, R] float32, one term per head, where NEED_REFERENCE
     num_queries,
     stride_vb,
     stride_vs,
@@ -178,7 +187,7 @@ def points_kernel(
     level_pointers = value_ptr + batch * stride_vb + head * D + channel
     if R > 0:
         highest, scale = softmax_of_rows(weights, L * P, PADDED_LP)
-        # Gradients of all weights of a row, one slot per level and group of points.
+        # Gradients of all weights of a row: a slot per level and group of points.
         SLOTS: tl.constexpr = PADDED_LP // GROUP
         slots = tl.arange(0, SLOTS)[None, :, None]
         grad_all = tl.zeros((BLOCK_Q, SLOTS, GROUP), tl.float32)
@@ -260,13 +269,13 @@ def points_kernel(
                 grad_w = grad_w.to(grad_weights_ptr.dtype.element_ty)
                 tl.store(grad_weights + level * P + k, grad_w, mask=mask)
         if NEED_REFERENCE:
-            part = grad_reference_ptr + (batch * M + head) * num_queries * (L * R)
-            part += (query * L + level) * R
-            tl.store(part, sum_x * float_width, mask=in_tile)
-            tl.store(part + 1, sum_y * float_height, mask=in_tile)
+            terms = grad_reference_ptr + (batch * M + head) * num_queries * (L * R)
+            terms += (query * L + level) * R
+            tl.store(terms, sum_x * float_width, mask=in_tile)
+            tl.store(terms + 1, sum_y * float_height, mask=in_tile)
             if R == 4:
-                tl.store(part + 2, sum_width * (float_width * (0.5 / P)), mask=in_tile)
-                tl.store(part + 3, sum_height * (float_height * (0.5 / P)), mask=in_tile)
+                tl.store(terms + 2, sum_width * (float_width * (0.5 / P)), mask=in_tile)
+                tl.store(terms + 3, sum_height * (float_height * (0.5 / P)), mask=in_tile)
         level_pointers += (height * width).to(tl.int64) * stride_vs
     if R > 0:
         grad_row = tl.reshape(grad_all, (BLOCK_Q, PADDED_LP))
@@ -304,12 +313,12 @@ def _add_to_corner(
 ):
     """Add `share` [ROWS] times g to the rows at `pointers` [ROWS, SPLIT_D]."""
     for i in tl.static_range(SPLITS):
-        part = grad[i] * share[:, None]
+        product = grad[i] * share[:, None]
         if FIXED_POINT:
-            part = (part * fixed_point).to(tl.int64)
+            product = (product * fixed_point).to(tl.int64)
         mask = channel_mask(rows[:, None], i, D, SPLIT_D)
-        # The default semantics would fence and invalidate the cache at every sample.
-        tl.atomic_add(pointers + i * SPLIT_D, part, mask=mask, sem="relaxed")
+        # The default semantics would add a fence and invalidate the cache at every sample.
+        tl.atomic_add(pointers + i * SPLIT_D, product, mask=mask, sem="relaxed")
 
 
 @triton.jit
@@ -332,7 +341,7 @@ def scatter_sample(
     WIDE: tl.constexpr,
     FIXED_POINT: tl.constexpr,
 ):
-    """Add one sample of each of `rows` [ROWS] to the gradient of `value`, at its four corners."""
+    """Add one sample per row, where `rows` [ROWS] is True, to the gradient of `value`."""
     x0, y0, right, down = split_pixel(x, y, height, width)
     in_x0 = within(x0, valid_width)
     in_x1 = within(x0 + 1, valid_width)
@@ -409,7 +418,7 @@ def value_kernel(
     SPLIT_D: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Gradient of `value`, added sample by sample."""
+    """Gradient of `value`: each sample is added separately."""
     program = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     head = program % M

@@ -14,8 +14,9 @@ global memory once. A sample that reaches beyond the window is left out of W. `r
 these samples one by one, in the cells and levels that have any. The result is exact for all
 positions of samples; the number of samples outside affects only the speed.
 
-Traffic. Inputs are read once, by both kernels only where samples were left out. A window is at most
-SIDE * SIDE rows of float32 reductions, instead of four rows per sample.
+Traffic. `splat_kernel` reads its inputs once; `rest_kernel` reads them again only where samples
+were left out. A window is at most SIDE * SIDE rows of float32 reductions, instead of four rows per
+sample.
 
 Precision. g is exact in its own type. For bfloat16 g, W is the sum of two bfloat16 numbers (2^-17
 relative). For other types, the product is computed in three tf32 parts.
