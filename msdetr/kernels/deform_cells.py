@@ -56,9 +56,16 @@ def coarse_queries(cell_y, cell_x, levels, L: tl.constexpr, COUNT: tl.constexpr)
     for level in tl.static_range(1, L):
         height = (levels[level] >> 32).to(tl.int32)
         width = levels[level].to(tl.int32)
-        first: tl.constexpr = 0 if level == 1 else 16 if level == 2 else 17 + level
-        side: tl.constexpr = 8 >> level if level < 3 else 1
-        pixel, mask = _queries_of_level(slot, cell_y, cell_x, start, height, width, first, side)
+        pixel, mask = _queries_of_level(
+            slot,
+            cell_y,
+            cell_x,
+            start,
+            height,
+            width,
+            0 if level == 1 else 16 if level == 2 else 17 + level,
+            8 >> level if level < 3 else 1,
+        )
         query = tl.where(mask, pixel, query)
         inside = inside | mask
         start += height * width

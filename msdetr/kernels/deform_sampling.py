@@ -216,3 +216,24 @@ def channel_mask(rows, split, D: tl.constexpr, SPLIT_D: tl.constexpr):
     else:
         mask = rows
     return mask
+
+
+@triton.jit
+def load_gradient(
+    grad_output_ptr,
+    row,
+    channel,
+    in_tile,
+    D: tl.constexpr,
+    SPLIT_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Gradient of the output, as float32 tiles; 0 where there is no query or channel."""
+    pointers = grad_output_ptr + row[:, None] + channel
+    rows = in_tile[:, None]
+    tiles = ()
+    for i in tl.static_range(SPLITS):
+        mask = channel_mask(rows, i, D, SPLIT_D)
+        tile = tl.load(pointers + i * SPLIT_D, mask=mask, other=0.0).to(tl.float32)
+        tiles = tiles + (tile,)
+    return tiles

@@ -21,7 +21,6 @@ import triton
 from torch import Tensor
 
 from msdetr.kernels.deform_cells import CELL
-from msdetr.kernels.ms_deform_attn_backward import points_kernel, value_kernel
 from msdetr.kernels.ms_deform_attn_configs import (
     DirectConfig,
     Kernel,
@@ -30,7 +29,9 @@ from msdetr.kernels.ms_deform_attn_configs import (
     value_config,
 )
 from msdetr.kernels.ms_deform_attn_forward import forward_kernel
+from msdetr.kernels.ms_deform_attn_points import points_kernel
 from msdetr.kernels.ms_deform_attn_splat import rest_kernel, splat_kernel
+from msdetr.kernels.ms_deform_attn_value import value_kernel
 from msdetr.structures import SpatialShapes
 
 _MAX_GRID_Y = 65535  # images per launch

@@ -35,8 +35,8 @@ from msdetr.kernels.deform_cells import (
     load_queries,
     load_samples,
 )
-from msdetr.kernels.deform_sampling import level_size, load_valid_size, within
-from msdetr.kernels.ms_deform_attn_backward import load_gradient, scatter_sample
+from msdetr.kernels.deform_sampling import level_size, load_gradient, load_valid_size, within
+from msdetr.kernels.ms_deform_attn_value import scatter_sample
 
 
 @triton.jit
