@@ -80,9 +80,9 @@ def pack_levels(spatial_shapes: SpatialShapes) -> tuple[int, ...]:
 def count_tiles(spatial_shapes: SpatialShapes, num_queries: int, block_q: int, tile_x: int) -> int:
     """Programs per head and image: rows of queries, or rectangles of pixels if tile_x > 0."""
     if tile_x == 0:
-        return _ceil_div(num_queries, block_q)
+        return triton.cdiv(num_queries, block_q)
     tile_y = block_q // tile_x
-    return sum(_ceil_div(h, tile_y) * _ceil_div(w, tile_x) for h, w in spatial_shapes)
+    return sum(triton.cdiv(h, tile_y) * triton.cdiv(w, tile_x) for h, w in spatial_shapes)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -90,8 +90,8 @@ def count_cells(spatial_shapes: SpatialShapes) -> tuple[int, int]:
     """(down, across): number of cells that cover every pixel of every level."""
     sides = [max(CELL >> level, 1) for level in range(len(spatial_shapes))]
     return (
-        max(_ceil_div(h, side) for (h, _), side in zip(spatial_shapes, sides, strict=True)),
-        max(_ceil_div(w, side) for (_, w), side in zip(spatial_shapes, sides, strict=True)),
+        max(triton.cdiv(h, side) for (h, _), side in zip(spatial_shapes, sides, strict=True)),
+        max(triton.cdiv(w, side) for (_, w), side in zip(spatial_shapes, sides, strict=True)),
     )
 
 
@@ -312,7 +312,7 @@ def _add_windows(
         windows,
         *scalars,
         **common,
-        PADDED_D=max(_next_power_of_2(sizes.D), 16),
+        PADDED_D=max(triton.next_power_of_2(sizes.D), 16),
         BLOCK_Y=config.block_y,
         INTERPRET=is_interpreted(),
         num_warps=config.num_warps,
@@ -324,7 +324,7 @@ def _add_windows(
         *scalars,
         **common,
         SPLIT_D=config.rest.split_d,
-        SPLITS=_ceil_div(_next_power_of_2(sizes.D), config.rest.split_d),
+        SPLITS=triton.cdiv(triton.next_power_of_2(sizes.D), config.rest.split_d),
         num_warps=config.rest.num_warps,
         enable_fp_fusion=True,
     )
@@ -349,26 +349,18 @@ def _fixed_point_scale(grad_output: Tensor, points: Points) -> Tensor:
 
 def point_group(num_points: int) -> int:
     """Number of points that are loaded and stored together."""
-    return min(_next_power_of_2(num_points), 4)
+    return min(triton.next_power_of_2(num_points), 4)
 
 
 def padded_samples(sizes: Sizes) -> int:
     """Length of a row of all L * P weights, with points padded to whole groups."""
     group = point_group(sizes.P)
-    return _next_power_of_2(sizes.L * _ceil_div(sizes.P, group) * group)
+    return triton.next_power_of_2(sizes.L * triton.cdiv(sizes.P, group) * group)
 
 
 def is_interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter, on the CPU."""
     return bool(triton.knobs.runtime.interpret)
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 def tile_constants(config: DirectConfig, sizes: Sizes) -> dict[str, Any]:
@@ -379,7 +371,7 @@ def tile_constants(config: DirectConfig, sizes: Sizes) -> dict[str, Any]:
         "GROUP": point_group(sizes.P),
         "PADDED_LP": padded_samples(sizes),
         "SPLIT_D": config.split_d,
-        "SPLITS": _ceil_div(_next_power_of_2(sizes.D), config.split_d),
+        "SPLITS": triton.cdiv(triton.next_power_of_2(sizes.D), config.split_d),
         "num_warps": config.num_warps,
         "enable_fp_fusion": True,
     }
