@@ -156,8 +156,8 @@ def launch_assignment(layers: int, queries: int, slots: int, dtype: torch.dtype)
         k=6,
         threshold=0.4,
         limit=queries // 4,
-        cost_box=0.7,
-        cost_class=0.3,
+        iou_weight=0.7,
+        class_weight=0.3,
         worst=-1.0,
     )
 

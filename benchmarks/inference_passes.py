@@ -26,8 +26,8 @@ from msdetr.engine.compile import compile_step, explain_compile_errors
 from msdetr.engine.cuda_graphs import CudaRecorder, Replay
 from msdetr.engine.device import autocast, to_device
 from msdetr.evaluation.postprocess import postprocess
-from msdetr.supervision.criterion import Criterion
 from msdetr.model.detector import build_detector
+from msdetr.supervision.criterion import Criterion
 
 MAX_DETECTIONS = 100
 _COMPARED = 10

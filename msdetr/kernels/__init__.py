@@ -1,1 +1,1 @@
-"""Triton kernels, one module per kernel: its maths, its mapping to programs, its launcher."""
+"""Triton kernels. A module holds a kernel or a few that belong together, and their launcher."""

@@ -1,4 +1,4 @@
-"""Device functions on boxes, as in `msdetr.boxes`: safe on degenerate boxes."""
+"""Device functions on boxes, with the arithmetic of `msdetr.boxes`: safe on degenerate boxes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def to_corners(x, y, width, height):
 
 @triton.jit
 def intersection_and_union(ax0, ay0, ax1, ay1, bx0, by0, bx1, by1):
-    """Areas, of corner boxes."""
+    """Areas of the intersection and union of corner boxes."""
     width = tl.maximum(tl.minimum(ax1, bx1) - tl.maximum(ax0, bx0), 0.0)
     height = tl.maximum(tl.minimum(ay1, by1) - tl.maximum(ay0, by0), 0.0)
     intersection = width * height
@@ -36,9 +36,9 @@ def intersection_and_union(ax0, ay0, ax1, ay1, bx0, by0, bx1, by1):
 
 
 @triton.jit
-def quotient(part, area):
-    """part / area, rounded to nearest; areas below the smallest count as 1."""
-    return tl.div_rn(part, tl.where(area > _SMALLEST_AREA, area, 1.0))
+def quotient(numerator, area):
+    """numerator / area, rounded to nearest; areas below the smallest are replaced by 1."""
+    return tl.div_rn(numerator, tl.where(area > _SMALLEST_AREA, area, 1.0))
 
 
 @triton.jit

@@ -1,12 +1,12 @@
-"""Device functions that the deformable attention kernels share: which queries a program serves,
-where a point samples, and which channels it reads.
+"""Device functions that the deformable attention kernels share: the queries of a program, the
+positions and weights of samples, and masks.
 
-Tiles. A program serves BLOCK_Q queries of one head. Its D channels are cut into SPLITS tiles
-[BLOCK_Q, SPLIT_D], held in a tuple: a warp then covers more queries, and the arithmetic on
-coordinates, which all threads of a row repeat, is shared by fewer threads.
+Tiles. A program serves BLOCK_Q queries of one head. Its D channels are split into SPLITS tiles
+[BLOCK_Q, SPLIT_D], held in a tuple. A warp then covers more queries, and fewer threads repeat the
+arithmetic on coordinates, which is the same for all threads of a row.
 
-Levels travel as launch arguments, one 64-bit integer each, height << 32 | width: no table on the
-device, nothing to copy, and a rolled loop over levels picks one with a few selects.
+Levels are launch arguments, one 64-bit integer each (height << 32 | width). This needs no table on
+the device and no copy; a rolled loop over levels selects a level with a few instructions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton.language as tl
 
 @triton.jit
 def level_size(level, levels, NUM_LEVELS: tl.constexpr):
-    """(height, width) of a level known at run time only."""
+    """(height, width) of a level whose index is known only at run time."""
     packed = levels[0]
     for i in tl.static_range(1, NUM_LEVELS):
         packed = tl.where(level == i, levels[i], packed)
@@ -33,11 +33,11 @@ def tile_queries(
     BLOCK_Q: tl.constexpr,
     TILE_X: tl.constexpr,
 ):
-    """Queries of a tile: their indices [BLOCK_Q] (a valid one where there is none), and a mask.
+    """Queries of a tile: indices [BLOCK_Q] (a valid index where there is no query), and a mask.
 
-    TILE_X = 0 takes BLOCK_Q queries in a row. Otherwise queries are the pixels of the levels, and
-    a tile is TILE_X wide: neighbours in both directions sample the same rows of `value`, which
-    then come from the cache.
+    With TILE_X = 0, a tile is BLOCK_Q consecutive queries. Otherwise queries are the pixels of the
+    levels, and a tile is TILE_X pixels wide: neighbours in both directions sample the same rows of
+    `value`, which are then in the cache.
     """
     i = tl.arange(0, BLOCK_Q)
     if TILE_X == 0:
@@ -48,7 +48,7 @@ def tile_queries(
         TILE_Y: tl.constexpr = BLOCK_Q // TILE_X
         height, width = level_size(0, levels, 1)
         across = tl.cdiv(width, TILE_X)
-        local = tile  # number of the tile in its level
+        local = tile  # index of the tile in its level
         start = tl.zeros((), tl.int32)  # of the level
         next_tile = across * tl.cdiv(height, TILE_Y)
         next_start = height * width
@@ -72,7 +72,7 @@ def tile_queries(
 
 @triton.jit
 def columns(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The 1, 2 or 4 columns of a tile [ROWS, COLUMNS], each [ROWS], without shared memory."""
+    """The 1, 2 or 4 columns of a tile [ROWS, COLUMNS], each [ROWS]. Needs no shared memory."""
     if COLUMNS == 1:
         result = (tl.reshape(tile, (ROWS,)),)
     elif COLUMNS == 2:
@@ -103,27 +103,32 @@ def from_columns(tiles, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def load_reference(pointers, width, height, ROWS: tl.constexpr, R: tl.constexpr, P: tl.constexpr):
     """Reference points in pixels: (x, y) of an offset of zero, and pixels per unit of offset.
 
-    `pointers` [ROWS] to R = 2 coordinates (an offset is in pixels) or R = 4 (cxcywh, an offset is
-    in box sides over 2 P), as fractions of the map. The product is fused with the sum: kernels that
-    share samples out by their positions must find the same ones, to the last bit.
+    `pointers` [ROWS] to R = 2 coordinates (offsets are in pixels) or R = 4 (cxcywh, offsets are in
+    box sides divided by 2 P), as fractions of the map. R = 0: "offsets" are locations, fractions
+    of the map. Multiply and add are fused explicitly, because kernels that share out samples by
+    position must compute identical bits.
     """
-    row = tl.load(pointers[:, None] + tl.arange(0, R)[None, :]).to(tl.float32)
-    if R == 2:
-        x, y = tl.split(row)
-        step_x = tl.full((ROWS,), 1.0, tl.float32)
-        step_y = step_x
+    if R == 0:
+        result = (-0.5, -0.5, width, height)
     else:
-        x, y, box_width, box_height = columns(row, ROWS, 4)
-        step_x = box_width * (width * (0.5 / P))
-        step_y = box_height * (height * (0.5 / P))
-    return tl.fma(x, width, -0.5), tl.fma(y, height, -0.5), step_x, step_y
+        row = tl.load(pointers[:, None] + tl.arange(0, R)[None, :]).to(tl.float32)
+        if R == 2:
+            x, y = tl.split(row)
+            step_x = tl.full((ROWS,), 1.0, tl.float32)
+            step_y = step_x
+        else:
+            x, y, box_width, box_height = columns(row, ROWS, 4)
+            step_x = box_width * (width * (0.5 / P))
+            step_y = box_height * (height * (0.5 / P))
+        result = (tl.fma(x, width, -0.5), tl.fma(y, height, -0.5), step_x, step_y)
+    return result
 
 
 @triton.jit
 def load_points(pointers, point, ROWS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr):
-    """Two coordinates of GROUP points from `point` on, as tuples of [ROWS]; 0 beyond P.
+    """x and y of GROUP points starting at `point`, each a tuple of [ROWS]; 0 beyond P.
 
-    `pointers` [ROWS, 1] to the pairs of point 0.
+    `pointers` [ROWS, 1] to the coordinates of point 0.
     """
     k = tl.arange(0, 2 * GROUP)[None, :]
     if point + GROUP <= P:
@@ -136,9 +141,9 @@ def load_points(pointers, point, ROWS: tl.constexpr, GROUP: tl.constexpr, P: tl.
 
 @triton.jit
 def load_logits(pointers, point, GROUP: tl.constexpr, P: tl.constexpr, OTHER: tl.constexpr):
-    """[ROWS, GROUP] attention weights or logits from `point` on; OTHER beyond P.
+    """[ROWS, GROUP] attention weights or logits starting at `point`; OTHER beyond P.
 
-    `pointers` [ROWS, 1] to the one of point 0.
+    `pointers` [ROWS, 1] to the weights of point 0.
     """
     k = tl.arange(0, GROUP)[None, :]
     if point + GROUP <= P:
@@ -150,7 +155,7 @@ def load_logits(pointers, point, GROUP: tl.constexpr, P: tl.constexpr, OTHER: tl
 
 @triton.jit
 def softmax_of_rows(pointers, COUNT: tl.constexpr, PADDED: tl.constexpr):
-    """Maximum and 1 / sum of exp2, each [ROWS], of COUNT logits times log2(e)."""
+    """Maximum and 1 / sum of exp2, each [ROWS], of COUNT logits multiplied by log2(e)."""
     k = tl.arange(0, PADDED)[None, :]
     if PADDED == COUNT:
         logits = tl.load(pointers + k).to(tl.float32)
@@ -163,23 +168,23 @@ def softmax_of_rows(pointers, COUNT: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit
 def weight_of_logit(logits, highest):
-    """exp2 of logits [ROWS, N] times log2(e), less the row's maximum [ROWS]."""
+    """exp2 of logits [ROWS, N] multiplied by log2(e), minus the row's maximum [ROWS]."""
     return tl.exp2(logits * 1.4426950408889634 - highest[:, None])
 
 
 @triton.jit
 def clamp_position(x, size):
     """`x` in pixels, between -2 and `size` + 1; NaN becomes -2."""
-    # Not a maximum: what becomes of NaN there is up to the hardware.
+    # Not `tl.maximum`, whose result for NaN depends on the hardware.
     return tl.minimum(tl.where(x > -2.0, x, -2.0), size + 1.0)
 
 
 @triton.jit
 def split_pixel(x, y, height, width):
-    """Pixel left and above of a position in pixels, and the fractions right and down of it.
+    """Pixel at the upper left of a position in pixels, and the fractions to the right and down.
 
-    Positions far outside, infinite or NaN become positions just outside: integers stay in range,
-    fractions finite, and no pixel is within the map.
+    Positions that are far outside, infinite or NaN are moved just outside: integers remain in
+    range, fractions remain finite, and none of their pixels is within the map.
     """
     x = clamp_position(x, width.to(tl.float32))
     y = clamp_position(y, height.to(tl.float32))
@@ -190,13 +195,13 @@ def split_pixel(x, y, height, width):
 
 @triton.jit
 def within(index, size):
-    """0 <= index < size, in one comparison."""
+    """0 <= index < size, with one comparison."""
     return index.to(tl.uint32, bitcast=True) < size.to(tl.uint32)
 
 
 @triton.jit
 def load_valid_size(pointer, height, width, HAS_VALID_SIZES: tl.constexpr):
-    """(height, width) of the part of a level that is not padding."""
+    """(height, width) of the area of a level that is not padding."""
     if HAS_VALID_SIZES:
         height = tl.load(pointer).to(tl.int32)
         width = tl.load(pointer + 1).to(tl.int32)
@@ -205,9 +210,30 @@ def load_valid_size(pointer, height, width, HAS_VALID_SIZES: tl.constexpr):
 
 @triton.jit
 def channel_mask(rows, split, D: tl.constexpr, SPLIT_D: tl.constexpr):
-    """[ROWS, SPLIT_D or 1] mask of rows [ROWS, 1] and of the channels of a split that exist."""
+    """[ROWS, SPLIT_D or 1] mask of rows [ROWS, 1] and of the valid channels of a split."""
     if split * SPLIT_D + SPLIT_D > D:
         mask = rows & ((split * SPLIT_D + tl.arange(0, SPLIT_D)) < D)[None, :]
     else:
         mask = rows
     return mask
+
+
+@triton.jit
+def load_gradient(
+    grad_output_ptr,
+    row,
+    channel,
+    in_tile,
+    D: tl.constexpr,
+    SPLIT_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Gradient of the output, as float32 tiles; 0 where there is no query or channel."""
+    pointers = grad_output_ptr + row[:, None] + channel
+    rows = in_tile[:, None]
+    tiles = ()
+    for i in tl.static_range(SPLITS):
+        mask = channel_mask(rows, i, D, SPLIT_D)
+        tile = tl.load(pointers + i * SPLIT_D, mask=mask, other=0.0).to(tl.float32)
+        tiles = tiles + (tile,)
+    return tiles

@@ -1,24 +1,24 @@
-"""Sigmoid focal loss: its sum per layer, and the gradient of that.
+"""Sigmoid focal loss: its sum per layer, and the gradient of that sum.
 
-Maths. A logit x that should be low, which is every one but those of the queries' own classes, costs
-(1 - alpha) t(x); one that should be high costs alpha t(-x), where
+Maths. A negative logit x (every logit except that of its query's class) has the loss
+(1 - alpha) t(x), a positive logit has the loss alpha t(-x), where
 
     t(z)  = p^gamma softplus(z),  p = sigmoid(z)
     t'(z) = p^gamma (gamma q softplus(z) + p),  q = 1 - p
 
-and the gradients are (1 - alpha) t'(x) and -alpha t'(-x). All of it follows from e = exp(-|z|),
-which cannot overflow: 1 / (1 + e) and e / (1 + e) are p and q, softplus(z) is max(z, 0) +
-log(1 + e), and where gamma is not 0, 1 or 2, log p = -softplus(-z) gives the power, at p = 0 too.
+The gradients are (1 - alpha) t'(x) and -alpha t'(-x). Everything follows from e = exp(-|z|), which
+cannot overflow: 1 / (1 + e) and e / (1 + e) are p and q, and softplus(z) is max(z, 0) + log(1 + e).
+If gamma is not 0, 1 or 2, the power is computed from log p = -softplus(-z), also at p = 0.
 
-Mapping. A layer is a row of B * Q * K logits, cut into chunks of V = 1, 2, 4 or 8 that divide it:
-one load. A program takes CHUNKS of them; grid: (programs, layers). A query's K logits begin
-anywhere in a chunk, so a chunk meets up to SPAN queries; the class of each becomes a place in the
-chunk, to be compared with 0 ... V - 1. No K leaves lanes idle, and there is a division per chunk,
-not per logit.
+Mapping. A layer is a row of B * Q * K logits, split into chunks of V = 1, 2, 4 or 8 logits: one
+load each. A program takes CHUNKS of them; the grid is (programs, layers). The K logits of a query
+start anywhere in a chunk, so a chunk overlaps up to SPAN queries. The class of each of them becomes
+a place in the chunk, which is compared with 0 ... V - 1. No value of K leaves lanes idle, and there
+is one division per chunk instead of one per logit.
 
-Traffic. Forward reads logits and classes and writes one float32 per program; PyTorch adds them up,
-always in the same order. Backward reads the same, and one float32 per layer where it is, and writes
-the gradient. Nothing is kept in between.
+Traffic. Forward reads logits and classes and writes one float32 per program, which PyTorch sums in
+a fixed order. Backward reads the same and one float32 per layer, and writes the gradient. No
+intermediate result is stored.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ _ELEMENTS = 2048
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x), 0 <= x <= 1, to 1.5 units in the last place; log itself costs three times as
-    much, and is not accurate where 1 + x rounds to 1."""
-    # Minimax polynomial of log(1 + x) / x: its largest relative error is 3.3e-8.
+    """log(1 + x) for 0 <= x <= 1, to 1.5 units in the last place.
+
+    `tl.log` takes three times as long, and is not accurate where 1 + x rounds to 1.
+    """
+    # Minimax polynomial of log(1 + x) / x: the maximum relative error is 3.3e-8.
     y = 0.0053648243 * x - 0.030065792
     y = y * x + 0.079204536
     y = y * x - 0.13753802
@@ -81,30 +83,30 @@ def _locate(
     CHUNKS: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    """Of this program: its layer, the offset of its logits [CHUNKS, V], which of them there are
-    [CHUNKS, 1], and which are of their query's own class [CHUNKS, V]."""
+    """Layer of this program, offsets of its logits [CHUNKS, V], mask of those that exist
+    [CHUNKS, 1], and of those that are positive [CHUNKS, V]."""
     layer = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * CHUNKS  # in the layer
     chunk = tl.arange(0, CHUNKS)
     inside = chunk < tl.minimum(num_chunks - first, CHUNKS).to(tl.int32)
-    # The program's first query takes 64-bit numbers; those of chunks are counted from there.
+    # The program's first query needs 64 bits; queries of chunks are relative to it.
     first_query = first * V // K
     column = (first * V - first_query * K).to(tl.int32) + chunk * V
     query = column // K
     column -= query * K  # of the chunk's first logit
     targets = target_ptr + (layer * num_queries + first_query) + query
     place = tl.arange(0, V)[None, :]
-    own = tl.zeros((CHUNKS, V), tl.int1)
+    positive = tl.zeros((CHUNKS, V), tl.int1)
     for i in tl.static_range(SPAN):
-        # The i-th query that the chunk meets, if there are that many.
-        met = inside & (i * K < column + V)
-        target = tl.load(targets + i, mask=met, other=-1)
-        # Before it loses its upper half: classes that do not exist are background.
+        # The i-th query that the chunk overlaps, if there are that many.
+        overlaps = inside & (i * K < column + V)
+        target = tl.load(targets + i, mask=overlaps, other=-1)
+        # Checked before the conversion to 32 bits: classes that do not exist are background.
         exists = (target >= 0) & (target < K)
-        own_place = tl.where(exists, target.to(tl.int32) + (i * K - column), -1)
-        own = own | (place == own_place[:, None])
+        place_of_class = tl.where(exists, target.to(tl.int32) + (i * K - column), -1)
+        positive = positive | (place == place_of_class[:, None])
     offset = (layer * num_chunks + first) * V + (chunk * V)[:, None] + place
-    return layer, offset, inside[:, None], own
+    return layer, offset, inside[:, None], positive
 
 
 @triton.jit
@@ -123,11 +125,13 @@ def focal_forward_kernel(
     SPAN: tl.constexpr,
 ):
     """The loss of a program's logits; see `msdetr.ops.focal_loss`."""
-    layer, offset, inside, own = _locate(target_ptr, num_chunks, num_queries, K, V, CHUNKS, SPAN)
-    # A logit of minus infinity costs nothing as background.
+    layer, offset, inside, positive = _locate(
+        target_ptr, num_chunks, num_queries, K, V, CHUNKS, SPAN
+    )
+    # The loss of a negative logit of minus infinity is 0.
     x = tl.load(logits_ptr + offset, mask=inside, other=-float("inf")).to(tl.float32)
-    power, _, _, softplus = _sigmoid_and_softplus(tl.where(own, -x, x), GAMMA)
-    loss = tl.where(own, alpha, rest) * (power * softplus)
+    power, _, _, softplus = _sigmoid_and_softplus(tl.where(positive, -x, x), GAMMA)
+    loss = tl.where(positive, alpha, rest) * (power * softplus)
     tl.store(partial_ptr + layer * tl.num_programs(0) + tl.program_id(0), tl.sum(loss))
 
 
@@ -149,11 +153,13 @@ def focal_backward_kernel(
     SPAN: tl.constexpr,
 ):
     """The gradient of a program's logits."""
-    layer, offset, inside, own = _locate(target_ptr, num_chunks, num_queries, K, V, CHUNKS, SPAN)
+    layer, offset, inside, positive = _locate(
+        target_ptr, num_chunks, num_queries, K, V, CHUNKS, SPAN
+    )
     x = tl.load(logits_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     grad_output = tl.load(grad_output_ptr + layer * stride_grad)
-    power, p, q, softplus = _sigmoid_and_softplus(tl.where(own, -x, x), GAMMA)
-    weight = tl.where(own, -alpha * grad_output, rest * grad_output)
+    power, p, q, softplus = _sigmoid_and_softplus(tl.where(positive, -x, x), GAMMA)
+    weight = tl.where(positive, -alpha * grad_output, rest * grad_output)
     grad = weight * (power * (GAMMA * (q * softplus) + p))
     tl.store(grad_logits_ptr + offset, grad.to(grad_logits_ptr.dtype.element_ty), mask=inside)
 
@@ -174,7 +180,7 @@ def forward(logits: Tensor, target_class: Tensor, alpha: float, gamma: float) ->
 def backward(
     grad_output: Tensor, logits: Tensor, target_class: Tensor, alpha: float, gamma: float
 ) -> Tensor:
-    """The gradient of `logits`, in their type; all are contiguous but `grad_output` [N]."""
+    """The gradient of `logits`, in their type; `grad_output` [N] may be strided."""
     grad_logits = torch.empty_like(logits)
     if not logits.numel():
         return grad_logits
@@ -194,7 +200,7 @@ def backward(
 
 
 def _plan(logits: Tensor, gamma: float) -> tuple[tuple[int, int], tuple[int, int], dict[str, Any]]:
-    """The grid, (chunks, queries) of a layer, and what the kernels are compiled for."""
+    """The grid, (chunks, queries) of a layer, and the compile-time constants."""
     layers, batch, queries, classes = logits.shape
     size = batch * queries * classes
     chunk = math.gcd(size, 16 // logits.element_size())
@@ -204,7 +210,7 @@ def _plan(logits: Tensor, gamma: float) -> tuple[tuple[int, int], tuple[int, int
         "K": classes,
         "V": chunk,
         "CHUNKS": _ELEMENTS // chunk,
-        # Chunks begin at multiples of the common divisor in a query's logits.
+        # In the logits of a query, chunks start at multiples of the common divisor.
         "SPAN": triton.cdiv(chunk - math.gcd(classes, chunk), classes) + 1,
         "num_warps": 4,
         "enable_fp_fusion": True,

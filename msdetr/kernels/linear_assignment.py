@@ -1,27 +1,29 @@
 """Batched rectangular linear assignment: shortest augmenting paths (Jonker and Volgenant, 1987; in
 the rectangular form of Crouse, 2016, which SciPy uses), in two launches.
 
-Rows are the smaller side of a problem: targets, or queries where there are more targets.
+Rows are the smaller side of a problem: targets, or queries if there are more targets than queries.
 
-1. `best_columns_kernel`: a program per row finds its cheapest column, on the whole GPU.
-2. `linear_assignment_kernel`: a program per problem. A row whose cheapest column no earlier row
-   wants has it; its potential is that cost, those of columns are 0: duals of an optimum so far.
-   (Prices of columns, which square problems start from, would be wrong for columns left free.)
+1. `best_columns_kernel`: a program takes one row and finds its cheapest column. This uses the whole
+   GPU.
+2. `linear_assignment_kernel`: a program takes one problem. A row is matched to its cheapest column
+   unless an earlier row has the same one. The potential of such a row is that cost, and potentials
+   of columns are 0; these are optimal duals of the rows matched so far. (The initial column prices
+   used for square problems would be wrong for columns that remain free.)
 
-   Rows that are left are added one at a time. For each, a shortest path over reduced costs
+   The other rows are added one at a time. For each, a shortest path over the reduced costs
    c[i, j] - u[i] - v[j] is grown, column by column in order of distance, until it reaches a free
-   column; potentials are updated and the path is flipped. A step of the search looks at all columns
-   at once: that is what the threads of a program share, in chunks of BLOCK. A row that is left
-   takes one step at least, and as many as there are rows at most.
+   column. Then potentials are updated and the path is flipped. A step of the search looks at all
+   columns at once, shared by the threads of a program, in chunks of BLOCK. A row that is added
+   needs between one step and as many steps as there are rows.
 
-State is kept per column, in memory, which the first-level cache holds: `v`, the potential of the
-row that the column is matched with (so that a row is scanned without looking up its potential),
-distance, predecessor, and whether the search has passed. Arithmetic is float64, as SciPy's: the
-optimum is SciPy's wherever it is unique. A cost that is not finite counts as 1e30. Of equal
-distances a free column goes first, then the one of lowest index.
+State is per column, in memory that the first-level cache holds: `v`, the potential of the matched
+row (so that a scan of a row needs no look-up of its potential), distance, predecessor, and whether
+the search has passed the column. Arithmetic is float64, as in SciPy: the optimum is the same
+wherever it is unique. A cost that is not finite is replaced by 1e30. Of equal distances, a free
+column goes first, then the lowest index.
 
-Problems are ragged: `count` is read by the programs, columns and rows beyond are never touched.
-Every element of the results is written here, and nothing is read by the host.
+Problems are ragged: programs read `count`, and do not access columns and rows beyond it. Every
+element of the results is written by the kernels, and the host reads nothing.
 """
 
 from __future__ import annotations
@@ -34,17 +36,17 @@ from torch import Tensor
 _MAX_BLOCK = 2048
 _WORST = tl.constexpr(1e30)
 _MATCHED = tl.constexpr(1073741824)
-"""Added to a matched column's number: so it comes after all free ones."""
+"""Added to the index of a matched column, so that it comes after all free columns."""
 _NONE = tl.constexpr(2147483647)
-"""Stands for no row and no column, above any."""
+"""No row or no column; higher than every index."""
 
 
 @triton.jit
 def _shape(
     count_ptr, problem, batch, num_queries, num_targets, stride_cq, stride_ct, TALL: tl.constexpr
 ):
-    """Targets, rows and columns of a problem, the strides of both, and whether rows are queries:
-    only TALL launches, of more slots than queries, have such problems."""
+    """Number of targets, rows and columns of a problem, strides of rows and columns, and whether
+    rows are queries. Rows can be queries only in TALL launches: with more slots than queries."""
     count = tl.minimum(tl.load(count_ptr + problem % batch).to(tl.int32), num_targets)
     if TALL:
         swap = count > num_queries
@@ -59,29 +61,29 @@ def _shape(
 
 @triton.jit
 def _load_cost(pointer, mask):
-    """Costs in float64; whatever comes in, they are finite: else a search might never end."""
+    """Costs in float64, made finite: otherwise a search might never end."""
     cost = tl.load(pointer, mask=mask, other=0.0).to(tl.float64)
     return tl.where(cost < _WORST, tl.maximum(cost, -_WORST), _WORST)
 
 
 @triton.jit
 def _nearest(a_distance, a_key, b_distance, b_key):
-    """The nearer of two columns; of equals, the one of lower key."""
+    """The nearer of two columns; of equal distances, the lower key."""
     first = (a_distance < b_distance) | ((a_distance == b_distance) & (a_key <= b_key))
     return tl.where(first, a_distance, b_distance), tl.where(first, a_key, b_key)
 
 
 @triton.jit
 def _next_row_left(column_of_row_ptr, after, rows, BLOCK: tl.constexpr):
-    """The first row after `after` that has no column, or one of at least `rows`."""
-    found = tl.full((), _NONE, tl.int32)
+    """The first row after `after` without a column; if there is none, a number >= `rows`."""
+    result = tl.full((), _NONE, tl.int32)
     first = tl.zeros((), tl.int32)
     while first < rows:
         row = first + tl.arange(0, BLOCK)
         column = tl.load(column_of_row_ptr + row, mask=row < rows, other=0)
-        found = tl.minimum(found, tl.min(tl.where((column == _NONE) & (row > after), row, _NONE)))
+        result = tl.minimum(result, tl.min(tl.where((column == _NONE) & (row > after), row, _NONE)))
         first += BLOCK
-    return found
+    return result
 
 
 @triton.jit
@@ -100,14 +102,14 @@ def _add_row(
     column_of_row_ptr,
     BLOCK: tl.constexpr,
 ):
-    """Match one row more, on the shortest augmenting path."""
+    """Match one more row, by the shortest augmenting path."""
     lane = tl.arange(0, BLOCK)
     infinity = tl.full((), float("inf"), tl.float64)
     row = new_row
     row_potential = tl.zeros((), tl.float64)
     travelled = tl.zeros((), tl.float64)
     end = tl.full((), _NONE, tl.int32)
-    searched = tl.zeros((), tl.int32)  # columns whose distances are of this search
+    searched = tl.zeros((), tl.int32)  # columns with distances of this search
     while end == _NONE:
         best_distance = infinity
         best_key = tl.full((), _NONE, tl.int32)
@@ -144,7 +146,7 @@ def _add_row(
         end = tl.where(row == _NONE, best_column, end)
         tl.debug_barrier()
 
-    # Potentials of what the search has passed.
+    # Update the potentials of all columns that the search has passed.
     first = tl.zeros((), tl.int32)
     while first < columns:
         column = first + lane
@@ -179,7 +181,7 @@ def _add_row(
 def best_columns_kernel(
     cost_ptr,  # [P, Q, T]
     count_ptr,  # [B]
-    links_ptr,  # [P, 3 C + R] int32, see below: the last R are written
+    links_ptr,  # [P, 3 C + R] int32, see `linear_assignment_kernel`: the last R are written
     batch,
     num_queries,
     num_targets,
@@ -191,7 +193,7 @@ def best_columns_kernel(
     TALL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The cheapest column of a row, the first of equals."""
+    """The cheapest column of a row, the first of equal ones."""
     problem = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1)
     _count, rows, columns, stride_row, stride_column, _swap = _shape(
@@ -200,18 +202,18 @@ def best_columns_kernel(
     if row < rows:
         cost_ptr += problem * stride_cp + row.to(tl.int64) * stride_row
         lane = tl.arange(0, BLOCK)
-        least = tl.full((BLOCK,), float("inf"), tl.float64)
+        cheapest = tl.full((BLOCK,), float("inf"), tl.float64)
         best = tl.zeros((BLOCK,), tl.int32)
         first = tl.zeros((), tl.int32)
         while first < columns:
             column = first + lane
             exists = column < columns
             cost = _load_cost(cost_ptr + column.to(tl.int64) * stride_column, exists)
-            less = exists & (cost < least)
-            least = tl.where(less, cost, least)
-            best = tl.where(less, column, best)
+            better = exists & (cost < cheapest)
+            cheapest = tl.where(better, cost, cheapest)
+            best = tl.where(better, column, best)
             first += BLOCK
-        _least, best_column = tl.reduce((least, best), 0, _nearest)
+        _cheapest, best_column = tl.reduce((cheapest, best), 0, _nearest)
         links_ptr += problem * (3 * num_columns + num_rows) + 3 * num_columns
         tl.store(links_ptr + row, best_column)
 
@@ -219,25 +221,25 @@ def best_columns_kernel(
 @triton.jit
 def linear_assignment_kernel(
     cost_ptr,  # [P, Q, T]
-    count_ptr,  # [B], T' <= T: targets that exist
-    labels_ptr,  # [B, T], or None: all targets are of class 0
-    query_ptr,  # [P, T] int64: query of each target, 0: none
+    count_ptr,  # [B], number of targets, at most T
+    labels_ptr,  # [B, T], or None: all targets have class 0
+    query_ptr,  # [P, T] int64: query of each target, 0 if none
     mask_ptr,  # [P, T] bool: whether it has one
-    class_ptr,  # [P, Q] int64: class of each query's target, -1: none
+    class_ptr,  # [P, Q] int64: class of each query's target, -1 if none
     state_ptr,  # [P, 3, C] float64: v, potential of the matched row, distance
-    links_ptr,  # [P, 3 C + R] int32: of columns matched row, predecessor, passed; of rows column
+    links_ptr,  # [P, 3 C + R] int32: row, predecessor, passed of columns; column of rows
     batch,
     num_queries,
     num_targets,
-    num_columns,  # C: most columns of a problem
-    num_rows,  # R: and rows
+    num_columns,  # C: maximum number of columns of a problem
+    num_rows,  # R: maximum number of rows
     stride_cp,
     stride_cq,
     stride_ct,
     TALL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Solve a problem. Targets of problem p are those of image p % B."""
+    """Solve a problem. The targets of problem p are those of image p % B."""
     problem = tl.program_id(0).to(tl.int64)
     count, rows, columns, stride_row, stride_column, rows_are_queries = _shape(
         count_ptr, problem, batch, num_queries, num_targets, stride_cq, stride_ct, TALL
@@ -249,7 +251,7 @@ def linear_assignment_kernel(
     row_of_column_ptr = links_ptr + problem * (3 * num_columns + num_rows)
     previous_ptr = row_of_column_ptr + num_columns
     passed_ptr = previous_ptr + num_columns
-    column_of_row_ptr = passed_ptr + num_columns  # its best one at first
+    column_of_row_ptr = passed_ptr + num_columns  # initially its best column
     lane = tl.arange(0, BLOCK)
 
     first = tl.zeros((), tl.int32)
@@ -260,7 +262,7 @@ def linear_assignment_kernel(
         first += BLOCK
     tl.debug_barrier()
 
-    # The first row that wants a column has it.
+    # Each column goes to the first row whose best column it is.
     first = tl.zeros((), tl.int32)
     while first < rows:
         row = first + lane
@@ -330,10 +332,10 @@ def linear_assignment_kernel(
 def linear_assignment(
     cost: Tensor, count: Tensor, labels: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query of each target and whether it has one [N, B, T], class of each query [N, B, Q], -1 for
-    none; from costs [N, B, Q, T], and `count` [B] and `labels` [B, T], contiguous.
+    """Query of each target and whether it has one [N, B, T], and class of each query [N, B, Q], -1
+    if none. Takes costs [N, B, Q, T], and contiguous `count` [B] and `labels` [B, T].
 
-    Without labels all targets are of class 0.
+    Without labels, all targets have class 0.
     """
     layers, batch, queries, targets = cost.shape
     problems, columns, rows = layers * batch, max(queries, targets), min(queries, targets)
@@ -349,7 +351,7 @@ def linear_assignment(
         "TALL": targets > queries,
         "BLOCK": block,
         "num_warps": max(1, min(block // 128, 8)),
-        # Strides known only to the program take registers, which ptxas would spill to save.
+        # Strides computed at run time need registers; by default, ptxas would spill instead.
         "maxnreg": 96 if targets > queries else None,
         "enable_fp_fusion": False,
     }

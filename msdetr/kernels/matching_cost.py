@@ -1,10 +1,14 @@
-"""Matching cost of every query for the targets of its own image: written once, to be read by
-`linear_assignment`.
+"""Matching cost of every query and target of an image, the input of `linear_assignment`.
 
-Program: BLOCK queries of one layer and image; it keeps their boxes in registers and goes through
-the targets that exist. Of the logits only the classes of those targets are read. The result is laid
-out [N, B, T, Q], so that the solver reads the costs of one target in a row; empty slots cost 0, so
-that every element is written.
+Maths. Focal class cost (gamma 2), L1 distance and negative GIoU of boxes, weighted; see
+`msdetr.ops.matching_cost`.
+
+Mapping. A program takes BLOCK queries of one layer and image, keeps their boxes in registers and
+loops over the valid targets.
+
+Traffic. Of the logits, only the classes of these targets are read. Costs are written once, in the
+order [N, B, T, Q], so that the solver reads the costs of one target contiguously. Empty slots cost
+0, so that every element is written.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ _BLOCK = 128
 def matching_cost_kernel(
     logits_ptr,  # [N, B, Q, K]
     boxes_ptr,  # [N, B, Q, 4]
-    labels_ptr,  # [B, T], or None: all targets are of class 0
+    labels_ptr,  # [B, T], or None: all targets have class 0
     target_boxes_ptr,  # [B, T, 4]
     count_ptr,  # [B]
     cost_ptr,  # [N, B, T, Q] float32
@@ -110,9 +114,9 @@ def matching_cost(
     alpha: float,
     worst: float,
 ) -> Tensor:
-    """[N, B, T, Q] float32, zero in empty slots; what is of targets is contiguous.
+    """[N, B, T, Q] float32, zero in empty slots. Tensors of targets are contiguous.
 
-    Without labels all targets are of class 0.
+    Without labels, all targets have class 0.
     """
     layers, batch, queries, _ = boxes.shape
     slots = target_boxes.shape[1]

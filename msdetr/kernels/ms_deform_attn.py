@@ -1,13 +1,13 @@
 """Launchers of the multi-scale deformable attention kernels.
 
-Both public ops run the same kernels. They differ in what a query's points and weights are (R):
+Both public ops use the same kernels. They differ in the points and weights of a query (R):
 
-    R = 0     sampling locations [B, Q, M, L, P, 2] and attention weights [B, Q, M, L, P], given
+    R = 0     sampling locations [B, Q, M, L, P, 2] and attention weights [B, Q, M, L, P]
     R = 2, 4  offsets and logits, both slices of one projection, with reference points [B, Q, L, R]
 
 Forward is one kernel. Backward is one kernel for points, weights and reference points, and one for
-`value`: window sums where the queries are the pixels of the levels, else a plain reduction. Every
-kernel recomputes locations and weights, so nothing but the inputs is kept.
+`value`: window sums if the queries are the pixels of the levels, otherwise a plain reduction. Every
+kernel recomputes locations and weights, so only the inputs are kept.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
-from msdetr.kernels.ms_deform_attn_backward import points_kernel, value_kernel
+from msdetr.kernels.deform_cells import CELL
 from msdetr.kernels.ms_deform_attn_configs import (
     DirectConfig,
     Kernel,
@@ -29,17 +29,19 @@ from msdetr.kernels.ms_deform_attn_configs import (
     value_config,
 )
 from msdetr.kernels.ms_deform_attn_forward import forward_kernel
-from msdetr.kernels.ms_deform_attn_splat import CELL, rest_kernel, splat_kernel
+from msdetr.kernels.ms_deform_attn_points import points_kernel
+from msdetr.kernels.ms_deform_attn_splat import rest_kernel, splat_kernel
+from msdetr.kernels.ms_deform_attn_value import value_kernel
 from msdetr.structures import SpatialShapes
 
 _MAX_GRID_Y = 65535  # images per launch
 
 
 class Points(NamedTuple):
-    """Where queries sample, and with which weights: the arguments of an op, as kernels take them.
+    """Points and weights of queries: the arguments of an op in the layout of the kernels.
 
     `points` is [B, Q, M * L * P * 2] and `weights` [B, Q, M * L * P], each contiguous in its last
-    dimension; `reference` is [B, Q, L, R] and contiguous, or None: then points are locations.
+    dimension. `reference` is [B, Q, L, R] and contiguous; if it is None, points are locations.
     """
 
     points: Tensor
@@ -53,12 +55,12 @@ class Points(NamedTuple):
         return 0 if self.reference is None else self.reference.shape[-1]
 
     def strides(self) -> tuple[int, ...]:
-        """Elements per image and per query, of points and of weights."""
+        """Strides of images and queries, of points and of weights."""
         return (*self.points.stride()[:2], *self.weights.stride()[:2])
 
 
 class Sizes(NamedTuple):
-    """What the kernels are compiled for, of one call."""
+    """Compile-time constants of a call."""
 
     M: int
     D: int
@@ -76,35 +78,35 @@ def pack_levels(spatial_shapes: SpatialShapes) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def count_tiles(spatial_shapes: SpatialShapes, num_queries: int, block_q: int, tile_x: int) -> int:
-    """Programs per head and image: rows of queries, or where tile_x > 0 rectangles of pixels."""
+    """Programs per head and image: rows of queries, or rectangles of pixels if tile_x > 0."""
     if tile_x == 0:
-        return _ceil_div(num_queries, block_q)
+        return triton.cdiv(num_queries, block_q)
     tile_y = block_q // tile_x
-    return sum(_ceil_div(h, tile_y) * _ceil_div(w, tile_x) for h, w in spatial_shapes)
+    return sum(triton.cdiv(h, tile_y) * triton.cdiv(w, tile_x) for h, w in spatial_shapes)
 
 
 @functools.lru_cache(maxsize=1024)
 def count_cells(spatial_shapes: SpatialShapes) -> tuple[int, int]:
-    """(down, across): cells of `splat_kernel` that hold every pixel of every level."""
+    """(down, across): number of cells that cover every pixel of every level."""
     sides = [max(CELL >> level, 1) for level in range(len(spatial_shapes))]
     return (
-        max(_ceil_div(h, side) for (h, _), side in zip(spatial_shapes, sides, strict=True)),
-        max(_ceil_div(w, side) for (_, w), side in zip(spatial_shapes, sides, strict=True)),
+        max(triton.cdiv(h, side) for (h, _), side in zip(spatial_shapes, sides, strict=True)),
+        max(triton.cdiv(w, side) for (_, w), side in zip(spatial_shapes, sides, strict=True)),
     )
 
 
 def needs_wide_offsets(spatial_shapes: SpatialShapes, num_queries: int, *strides: int) -> bool:
-    """Whether an offset within one level, or within one image's queries, can pass 2^31 - 1.
+    """Whether an offset within one level, or within the queries of an image, can exceed 2^31 - 1.
 
-    Offsets of images and levels are 64-bit always. `strides` are elements per token or query; a
-    corner beside the map, whose offset is computed and not used, is allowed for.
+    Offsets of images and levels are always 64-bit. `strides` are elements per token or query.
+    Includes corners outside of the map, whose offsets are computed but not used.
     """
     rows = max((height + 3) * (width + 3) for height, width in spatial_shapes)
     return max(rows, num_queries) * max(strides) >= 2**31
 
 
 class Plan(NamedTuple):
-    """How a direct kernel is launched: a function of sizes, kept between calls."""
+    """Launch of a direct kernel. Depends only on sizes, and is cached."""
 
     programs: int
     """Per image."""
@@ -122,7 +124,7 @@ def plan_direct(
     wide: bool,
     need_reference: bool = False,
 ) -> Plan:
-    """Tiles of a direct kernel, and the constants that it is compiled for."""
+    """Number of programs and compile-time constants of a direct kernel."""
     is_grid = queries == sum(height * width for height, width in spatial_shapes)
     config = tile_config(
         kernel,
@@ -155,9 +157,9 @@ def forward(
         _is_wide(value, spatial_shapes, points),
     )
     tensors = (value, points.points, points.weights, points.reference, valid_sizes, output)
-    for part in _launches(batch, tensors):
-        forward_kernel[(programs, len(part[0]))](
-            *part,
+    for chunk in _launches(batch, tensors):
+        forward_kernel[(programs, len(chunk[0]))](
+            *chunk,
             queries,
             value.stride(0),
             value.stride(1),
@@ -179,18 +181,18 @@ def backward_points(
     *,
     need_reference: bool,
 ) -> Tensor | None:
-    """Write the gradients of points and weights; return that of the reference points if needed.
+    """Write the gradients of points and weights; return that of reference points if needed.
 
     `grad_points` and `grad_weights` have the shapes of `points`; `grad_output` is contiguous.
     """
     batch, _, heads, _ = value.shape
     queries = points.points.shape[1]
     sizes = _sizes(value, spatial_shapes, points, valid_sizes)
-    parts = None
+    grad_reference = None
     if need_reference:
-        # The part of each head; images first, so that a launch takes some of them.
+        # A term per head. Images are the first dimension, so that launches can split them.
         shape = (batch, heads, queries, sizes.L, sizes.R)
-        parts = value.new_empty(shape, dtype=torch.float32)
+        grad_reference = value.new_empty(shape, dtype=torch.float32)
     if grad_points.numel():
         programs, constants = plan_direct(
             "points",
@@ -211,11 +213,11 @@ def backward_points(
             valid_sizes,
             grad_points,
             grad_weights,
-            parts,
+            grad_reference,
         )
-        for part in _launches(batch, tensors):
-            points_kernel[(programs, len(part[0]))](
-                *part,
+        for chunk in _launches(batch, tensors):
+            points_kernel[(programs, len(chunk[0]))](
+                *chunk,
                 queries,
                 value.stride(0),
                 value.stride(1),
@@ -226,7 +228,7 @@ def backward_points(
                 **constants,
                 NEED_REFERENCE=need_reference,
             )
-    return None if parts is None else parts.sum(1)
+    return None if grad_reference is None else grad_reference.sum(1)
 
 
 def backward_value(
@@ -260,17 +262,17 @@ def backward_value(
         can_window=sizes.R > 0 and not wide and not deterministic,
     )
     if isinstance(windows, WindowConfig):
-        for part in _launches(batch, tensors):
-            _add_windows(windows, part, points.strides(), spatial_shapes, sizes, queries)
+        for chunk in _launches(batch, tensors):
+            _add_windows(windows, chunk, points.strides(), spatial_shapes, sizes, queries)
         return total.to(value.dtype)
 
     programs, constants = plan_direct(
         "value", value.dtype, spatial_shapes, batch, queries, sizes, wide
     )
     scale = _fixed_point_scale(grad_output, points) if deterministic else None
-    for part in _launches(batch, tensors):
-        value_kernel[(programs, len(part[0]))](
-            *part,
+    for chunk in _launches(batch, tensors):
+        value_kernel[(programs, len(chunk[0]))](
+            *chunk,
             grad_output if scale is None else scale,
             queries,
             tokens,
@@ -281,7 +283,7 @@ def backward_value(
         )
     if scale is None:
         return total.to(value.dtype)
-    # A gradient that is not finite has no fixed-point form: its scale makes the whole result NaN.
+    # A gradient that is not finite cannot be represented: its scale makes the whole result NaN.
     return (total.to(torch.float64) / scale + scale * 0.0).to(value.dtype)
 
 
@@ -310,7 +312,7 @@ def _add_windows(
         windows,
         *scalars,
         **common,
-        PADDED_D=max(_next_power_of_2(sizes.D), 16),
+        PADDED_D=max(triton.next_power_of_2(sizes.D), 16),
         BLOCK_Y=config.block_y,
         INTERPRET=is_interpreted(),
         num_warps=config.num_warps,
@@ -322,51 +324,43 @@ def _add_windows(
         *scalars,
         **common,
         SPLIT_D=config.rest.split_d,
-        SPLITS=_ceil_div(_next_power_of_2(sizes.D), config.rest.split_d),
+        SPLITS=triton.cdiv(triton.next_power_of_2(sizes.D), config.rest.split_d),
         num_warps=config.rest.num_warps,
         enable_fp_fusion=True,
     )
 
 
 def _fixed_point_scale(grad_output: Tensor, points: Points) -> Tensor:
-    """[] float32, a power of two: units per 1 such that no sum of an int64 can overflow.
+    """[] float32, a power of two: units per 1, such that no int64 sum can overflow.
 
-    A pixel gets at most `bound` = (sum of weights of a query) x Q x max |g|; the weights of a
+    The gradient of a pixel is at most (sum of weights of a query) x Q x max |g|. The weights of a
     softmax sum to 1.
     """
-    highest = grad_output.abs().amax().to(torch.float64)
+    bound = grad_output.abs().amax().to(torch.float64)
     terms = points.points.shape[1]
     if points.reference is None:
-        highest = highest * points.weights.abs().amax().to(torch.float64)
+        bound = bound * points.weights.abs().amax().to(torch.float64)
         terms *= points.weights.shape[2]
-    exponent = torch.frexp(highest * terms).exponent
-    # Within what float32 can hold; a part below 2^-126 is lost to float32 anyway.
+    exponent = torch.frexp(bound * terms).exponent
+    # Within the range of float32; it could not hold results below 2^-126 anyway.
     scale = torch.exp2((62 - exponent).clamp(-120, 120).to(torch.float64))
-    return (scale + highest * 0.0).to(torch.float32)  # NaN if g is not finite
+    return (scale + bound * 0.0).to(torch.float32)  # NaN if g is not finite
 
 
 def point_group(num_points: int) -> int:
-    """Points that are loaded and stored together."""
-    return min(_next_power_of_2(num_points), 4)
+    """Number of points that are loaded and stored together."""
+    return min(triton.next_power_of_2(num_points), 4)
 
 
 def padded_samples(sizes: Sizes) -> int:
-    """Length of a row of all L * P weights, points padded to whole groups."""
+    """Length of a row of all L * P weights, with points padded to whole groups."""
     group = point_group(sizes.P)
-    return _next_power_of_2(sizes.L * _ceil_div(sizes.P, group) * group)
+    return triton.next_power_of_2(sizes.L * triton.cdiv(sizes.P, group) * group)
 
 
 def is_interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter, on the CPU."""
     return bool(triton.knobs.runtime.interpret)
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 def tile_constants(config: DirectConfig, sizes: Sizes) -> dict[str, Any]:
@@ -377,7 +371,7 @@ def tile_constants(config: DirectConfig, sizes: Sizes) -> dict[str, Any]:
         "GROUP": point_group(sizes.P),
         "PADDED_LP": padded_samples(sizes),
         "SPLIT_D": config.split_d,
-        "SPLITS": _ceil_div(_next_power_of_2(sizes.D), config.split_d),
+        "SPLITS": triton.cdiv(triton.next_power_of_2(sizes.D), config.split_d),
         "num_warps": config.num_warps,
         "enable_fp_fusion": True,
     }
@@ -408,9 +402,9 @@ def _is_wide(value: Tensor, spatial_shapes: SpatialShapes, points: Points) -> bo
 
 
 def _launches(batch: int, tensors: tuple[Tensor | None, ...]) -> Iterator[tuple[Tensor, ...]]:
-    """`tensors`, [B, ...] each, cut so that a grid can count the images; mostly, as they are.
+    """Arguments of each launch: `tensors`, [B, ...] each, split if a grid cannot hold B images.
 
-    A pointer that a kernel does not read has to be some tensor all the same: the first.
+    A missing tensor, which the kernel does not read, is replaced by the first one.
     """
     first = tensors[0]
     assert first is not None

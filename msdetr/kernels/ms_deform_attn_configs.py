@@ -1,9 +1,9 @@
-"""How the deformable attention kernels are launched: a table per architecture, else a rule.
+"""Launch configurations of the deformable attention kernels: a table per architecture, and a rule.
 
-The table (`ms_deform_attn_configs.json`) holds what `python -m benchmarks.tune_ms_deform_attn`
-measured; an empty configuration of windows says that they are slower there than none. For a case
-that it lacks, the rule picks tiles by their generated code: 16 bytes per load, as many queries per
-warp as registers allow.
+`ms_deform_attn_configs.json` is the table. It is written by `python -m
+benchmarks.tune_ms_deform_attn`; an empty configuration of windows means that the direct kernel is
+faster. For a case that is not in the table, the rule chooses tiles for good generated code: loads
+of 16 bytes, and as many queries per warp as registers allow.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import torch
 TABLE = Path(__file__).with_name("ms_deform_attn_configs.json")
 
 FEW_ROWS = 64 * 1024
-"""Rows (image, head, query) below which a launch is small: its programs are single warps, so that
-there are enough of them."""
+"""Launches with fewer rows (image, head, query) are small: they use programs of one warp, so that
+there are enough programs."""
 
 Kernel = Literal["forward", "points", "value"]
 
 _overrides: dict[str, dict[str, Any]] = {}
-"""Configurations that go before the table; "windows" counts as a kernel, as there."""
+"""Configurations that override the table. "windows" is a kernel name, as in the table."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class DirectConfig:
     block_q: int
     """Queries per program."""
     tile_x: int
-    """Width of a tile of pixels, where queries are pixels; 0: queries in a row."""
+    """Width of a tile of pixels, if queries are pixels; 0: consecutive queries."""
     split_d: int
     """Channels per tile."""
     num_warps: int
@@ -48,14 +48,14 @@ class WindowConfig:
     """Windows of `splat_kernel`."""
 
     side: int
-    """Pixels, at levels 0 and 1."""
+    """Side in pixels, at levels 0 and 1."""
     coarse_side: int
-    """Pixels, at the other levels."""
+    """Side in pixels, at the other levels."""
     block_y: int
     """Rows of a window that are summed at a time."""
     num_warps: int
     rest: DirectConfig
-    """Of the kernel that adds what windows leave out; its tile is the cell."""
+    """Configuration of `rest_kernel`; its tile is the cell."""
 
 
 @functools.lru_cache(maxsize=512)
@@ -71,7 +71,7 @@ def tile_config(
     """Tiles of a direct kernel.
 
     Args:
-        kernel: which.
+        kernel: name of the kernel.
         dtype: of `value`.
         head_dim: D.
         num_rows: B * M * Q.
@@ -79,13 +79,13 @@ def tile_config(
         need_reference: whether `points_kernel` also computes the gradient of reference points.
     """
     queries = "grid" if is_grid else "few" if num_rows < FEW_ROWS else "many"
-    found = _lookup(kernel, dtype, head_dim, queries)
-    if found is not None:
-        return DirectConfig(**found)
+    row = _lookup(kernel, dtype, head_dim, queries)
+    if row is not None:
+        return DirectConfig(**row)
     config = default_config(kernel, dtype, head_dim, queries)
     crowded = dtype == torch.float32 or architecture() == "sm_100"
     if need_reference and crowded and config.split_d < head_dim and config.block_q > 1:
-        # Else a few registers spill: twice the channels, half the queries.
+        # Avoids spilling a few registers: twice the channels, half the queries.
         return replace(config, split_d=2 * config.split_d, block_q=config.block_q // 2)
     return config
 
@@ -100,35 +100,35 @@ def value_config(
     is_grid: bool,
     can_window: bool,
 ) -> DirectConfig | WindowConfig:
-    """How the gradient of `value` is summed; arguments as for `tile_config`.
+    """Method and configuration for the gradient of `value`; other arguments as for `tile_config`.
 
     Args:
         num_points: P.
-        can_window: whether windows are possible at all.
+        can_window: whether window sums support the call.
     """
-    # Up to four points, so that a level is one group; heads that fill the tensor cores' tiles and
+    # Up to four points, so that a level is one group. Heads must fill the tiles of tensor cores and
     # leave registers for the window.
     fits = num_points <= 4 and 16 <= head_dim <= 64 and head_dim % 16 == 0
     if can_window and is_grid and fits:
-        found = _lookup("windows", dtype, head_dim, "grid")
-        if found:
-            rest = DirectConfig(**found.pop("rest"))
-            return WindowConfig(**found, rest=rest)
-        # Of other types the product takes three parts instead of two, and registers spill.
-        if found is None and dtype == torch.bfloat16:
+        row = _lookup("windows", dtype, head_dim, "grid")
+        if row:
+            rest = DirectConfig(**row.pop("rest"))
+            return WindowConfig(**row, rest=rest)
+        # For other types, the product has three terms instead of two, and registers spill.
+        if row is None and dtype == torch.bfloat16:
             return default_windows(head_dim)
     return tile_config("value", dtype, head_dim, num_rows, is_grid=is_grid)
 
 
 def default_windows(head_dim: int) -> WindowConfig:
-    """Windows that hold an 8 x 8 cell and offsets of up to four pixels to one side."""
+    """Windows for an 8 x 8 cell and offsets of up to four pixels in each direction."""
     rest = DirectConfig(block_q=64, tile_x=8, split_d=min(head_dim, 8), num_warps=4)
     return WindowConfig(side=16, coarse_side=8, block_y=2, num_warps=4, rest=rest)
 
 
 def default_config(kernel: Kernel, dtype: torch.dtype, head_dim: int, queries: str) -> DirectConfig:
-    """The rule: `queries` is "grid" (pixels), "many" or "few"."""
-    # The gradient of `value` is added in float32, four channels per thread.
+    """The rule. `queries` is "grid" (pixels), "many" or "few"."""
+    # The gradient of `value` is summed in float32, four channels per thread.
     vector = 4 if kernel == "value" else 16 // dtype.itemsize
     padded = 1 << (head_dim - 1).bit_length()
     split_d = min(padded, max(2 * vector, padded // 4))
@@ -143,9 +143,9 @@ def default_config(kernel: Kernel, dtype: torch.dtype, head_dim: int, queries: s
 
 @contextlib.contextmanager
 def override(configs: Mapping[str, dict[str, Any]]) -> Iterator[None]:
-    """Let every lookup of these kernels find these configurations, in the form of the table's rows.
+    """Override the configurations of kernels, given as in the rows of the table.
 
-    A launcher that keeps what it found has to forget it, too: before, and after.
+    Launchers that cache plans must clear their caches before and after.
     """
     before = dict(_overrides)
     _overrides.update(configs)
@@ -159,14 +159,14 @@ def override(configs: Mapping[str, dict[str, Any]]) -> Iterator[None]:
 
 
 def forget() -> None:
-    """Read the table anew, and decide anew."""
+    """Clear cached configurations, and read the table again."""
     _table.cache_clear()
     tile_config.cache_clear()
     value_config.cache_clear()
 
 
 def architecture() -> str:
-    """The table's name of the current device: `sm_90`, or `other` where it is not NVIDIA's."""
+    """Name of the current device in the table: `sm_90`, for example; `other` if not NVIDIA's."""
     if not torch.cuda.is_available() or torch.version.hip:
         return "other"
     major, minor = torch.cuda.get_device_capability()
@@ -177,8 +177,8 @@ def _lookup(kernel: str, dtype: torch.dtype, head_dim: int, queries: str) -> dic
     if kernel in _overrides:
         return dict(_overrides[kernel])
     key = (architecture(), kernel, str(dtype).removeprefix("torch."), head_dim, queries)
-    found = _table().get(key)
-    return None if found is None else dict(found)
+    row = _table().get(key)
+    return None if row is None else dict(row)
 
 
 @functools.cache

@@ -1,7 +1,15 @@
 """Forward kernel of multi-scale deformable attention.
 
-Program: one tile of queries x one head x one image; heads fastest, so that programs running at the
-same time read neighbouring channels of the same rows of `value`; images slowest.
+Maths. The output of a query and head is the sum over levels and points of the weight times the
+bilinear sample of `value`, accumulated in float32. Weights are a softmax of logits over levels and
+points, whose division is applied once, to the sum.
+
+Mapping. A program serves one tile of queries, one head and one image. Heads vary fastest, so that
+programs that run at the same time read neighbouring channels of the same rows of `value`. Images
+vary slowest.
+
+Traffic. Points, weights and references are read once, the output is written once. A sample reads
+four rows of D channels of `value`, mostly from the caches.
 """
 
 from __future__ import annotations
@@ -50,7 +58,7 @@ def _add_sample(
     SPLITS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Add `weight` times the bilinear sample at pixel (x, y), all [ROWS], to the tiles `acc`."""
+    """`acc` plus `weight` times the bilinear sample at pixel (x, y), all [ROWS]."""
     x0, y0, right, down = split_pixel(x, y, height, width)
     in_x0 = within(x0, valid_width)
     in_x1 = within(x0 + 1, valid_width)
@@ -83,7 +91,7 @@ def _add_sample(
         value01 = tl.load(pointers01 + at, mask=channel_mask(mask01, i, D, SPLIT_D), other=0.0)
         value10 = tl.load(pointers10 + at, mask=channel_mask(mask10, i, D, SPLIT_D), other=0.0)
         value11 = tl.load(pointers11 + at, mask=channel_mask(mask11, i, D, SPLIT_D), other=0.0)
-        # One corner at a time: four fused multiply-adds and no addition.
+        # One corner at a time: four fused multiply-adds instead of products and sums.
         tile = acc[i]
         tile += value00.to(tl.float32) * weight00
         tile += value01.to(tl.float32) * weight01
@@ -113,7 +121,7 @@ def forward_kernel(
     D: tl.constexpr,
     L: tl.constexpr,
     P: tl.constexpr,
-    R: tl.constexpr,  # 0: points are sampling locations, and weights are weights
+    R: tl.constexpr,  # 0: sampling locations and attention weights are given
     HAS_VALID_SIZES: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -144,10 +152,9 @@ def forward_kernel(
         )
         float_height = height.to(tl.float32)
         float_width = width.to(tl.float32)
-        if R > 0:
-            x0, y0, step_x, step_y = load_reference(
-                reference + level * R, float_width, float_height, BLOCK_Q, R, P
-            )
+        x0, y0, step_x, step_y = load_reference(
+            reference + level * R, float_width, float_height, BLOCK_Q, R, P
+        )
         for point in tl.static_range(0, P, GROUP):
             xs, ys = load_points(points + level * (P * 2), point, BLOCK_Q, GROUP, P)
             if R > 0:
@@ -157,12 +164,8 @@ def forward_kernel(
                 ws = load_logits(weights + level * P, point, GROUP, P, 0.0)
             ws = columns(ws, BLOCK_Q, GROUP)
             for i in tl.static_range(GROUP):
-                if R > 0:
-                    x = xs[i] * step_x + x0
-                    y = ys[i] * step_y + y0
-                else:
-                    x = xs[i] * float_width - 0.5
-                    y = ys[i] * float_height - 0.5
+                x = xs[i] * step_x + x0
+                y = ys[i] * step_y + y0
                 acc = _add_sample(
                     acc,
                     level_pointers,

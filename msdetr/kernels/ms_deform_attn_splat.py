@@ -1,20 +1,25 @@
-"""Gradient of `value` where the queries are the pixels of the levels: summed in windows first.
+"""Gradient of `value` where the queries are the pixels of the levels: sums over windows.
 
-Added sample by sample, an encoder layer sends four rows per sample to global memory. But the
-queries of one cell of the image - CELL x CELL pixels of level 0, a quarter of them at level 1, and
-so on - sample the same few pixels. Here a program takes one cell and one head, lays a window over
-the pixels of each level that its samples surround, and sums there: with the hat functions
-h(t) = max(0, 1 - |t|),
+Maths. If each sample of an encoder layer is added separately, it sends four rows to global memory.
+But the queries of one cell of the image (CELL x CELL pixels of level 0, a quarter of them at
+level 1, and so on) sample mostly the same few pixels. With the hat function
+h(t) = max(0, 1 - |t|), the sums over a window of pixels are
 
     W[pixel, query] = sum over points of a * h(y - pixel y) * h(x - pixel x)
     window = W @ g        (tensor cores, float32 sums)
 
-and the window is added to global memory once. A sample that reaches beyond the window is left out
-of W; a second kernel adds those by themselves, in the cells and levels that have any. So the result
-is exact wherever samples lie; how many lie outside decides the speed alone.
+Mapping. A program of `splat_kernel` serves one cell and one head. At each level it places a window
+around the mean position of the samples of level 0's queries, computes the sums, and adds them to
+global memory once. A sample that reaches beyond the window is left out of W. `rest_kernel` adds
+these samples one by one, in the cells and levels that have any. The result is exact for all
+positions of samples; the number of samples outside affects only the speed.
 
-Precision: g is exact in its own type. Against bfloat16 g, W is the sum of two bfloat16 numbers
-(2^-17 relative); otherwise the product is taken in three tf32 parts.
+Traffic. `splat_kernel` reads its inputs once; `rest_kernel` reads them again only where samples
+were left out. A window is at most SIDE * SIDE rows of float32 reductions, instead of four rows per
+sample.
+
+Precision. g is exact in its own type. For bfloat16 g, W is the sum of two bfloat16 numbers (2^-17
+relative). For other types, the product is computed in three tf32 parts.
 """
 
 from __future__ import annotations
@@ -22,67 +27,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from msdetr.kernels.deform_sampling import (
-    clamp_position,
-    columns,
-    level_size,
-    load_logits,
-    load_points,
-    load_reference,
-    load_valid_size,
-    softmax_of_rows,
-    weight_of_logit,
-    within,
+from msdetr.kernels.deform_cells import (
+    coarse_queries,
+    fine_queries,
+    fits_window,
+    is_left_out,
+    load_queries,
+    load_samples,
 )
-from msdetr.kernels.ms_deform_attn_backward import load_gradient, scatter_sample
-
-CELL = 8
-"""Pixels along the side of a cell, at level 0."""
-
-
-@triton.jit
-def _queries_of_level(
-    slot, cell_y, cell_x, start, height, width, FIRST: tl.constexpr, SIDE: tl.constexpr
-):
-    """Queries of one level in a cell, in the slots from FIRST on, and their mask."""
-    local = slot - FIRST
-    y = cell_y * SIDE + local // SIDE
-    x = cell_x * SIDE + local % SIDE
-    inside = (local >= 0) & (local < SIDE * SIDE) & (y < height) & (x < width)
-    return start + y * width + x, inside
-
-
-@triton.jit
-def _fine_queries(cell_y, cell_x, levels):
-    """Queries of level 0 in a cell, and their mask: [64]."""
-    height, width = level_size(0, levels, 1)
-    query, inside = _queries_of_level(tl.arange(0, 64), cell_y, cell_x, 0, height, width, 0, 8)
-    return tl.where(inside, query, 0), inside
-
-
-@triton.jit
-def _coarse_queries(cell_y, cell_x, levels, L: tl.constexpr, COUNT: tl.constexpr):
-    """Queries of the other levels in a cell, and their mask: [COUNT]."""
-    slot = tl.arange(0, COUNT)
-    query = tl.zeros((COUNT,), tl.int32)
-    inside = slot < 0
-    height, width = level_size(0, levels, 1)
-    start = height * width
-    for level in tl.static_range(1, L):
-        height = (levels[level] >> 32).to(tl.int32)
-        width = levels[level].to(tl.int32)
-        if level == 1:
-            found, mine = _queries_of_level(slot, cell_y, cell_x, start, height, width, 0, 4)
-        elif level == 2:
-            found, mine = _queries_of_level(slot, cell_y, cell_x, start, height, width, 16, 2)
-        else:
-            found, mine = _queries_of_level(
-                slot, cell_y, cell_x, start, height, width, 17 + level, 1
-            )
-        query = tl.where(mine, found, query)
-        inside = inside | mine
-        start += height * width
-    return query, inside
+from msdetr.kernels.deform_sampling import level_size, load_gradient, load_valid_size, within
+from msdetr.kernels.ms_deform_attn_value import scatter_sample
 
 
 @triton.jit
@@ -100,25 +54,8 @@ def _join_bounds(a0, a1, a2, a3, a4, b0, b1, b2, b3, b4):
 
 
 @triton.jit
-def _fits(x, y, origin_x, origin_y, side):
-    """Whether all four pixels around a position lie in the window."""
-    right = origin_x + (side - 1)
-    below = origin_y + (side - 1)
-    return (x >= origin_x) & (x < right) & (y >= origin_y) & (y < below)
-
-
-@triton.jit
-def _left_out(x, y, inside, origin_x, origin_y, valid_height, valid_width, side):
-    """Samples that touch the map and do not fit the window."""
-    touches = (x > -1.0) & (x < valid_width) & (y > -1.0) & (y < valid_height)
-    return inside & touches & (_fits(x, y, origin_x, origin_y, side) == 0)
-
-
-@triton.jit
 def _window_weights(
-    xs,
-    ys,
-    ws,
+    samples,
     inside,
     origin_x,
     origin_y,
@@ -128,12 +65,13 @@ def _window_weights(
     SIDE: tl.constexpr,
     BLOCK_Y: tl.constexpr,
 ):
-    """BLOCK_Y rows of W, [BLOCK_Y, SIDE, ROWS]: the share of each query at each pixel."""
+    """BLOCK_Y rows of W, [BLOCK_Y, SIDE, ROWS]: the weight of each query at each pixel."""
+    xs, ys, ws = samples
     pixel_x = tl.arange(0, SIDE).to(tl.float32)[:, None]
     pixel_y = (first_row + tl.arange(0, BLOCK_Y)).to(tl.float32)[:, None]
     window = tl.zeros((BLOCK_Y, SIDE, ROWS), tl.float32)
     for i in tl.static_range(P):
-        fits = inside & _fits(xs[i], ys[i], origin_x, origin_y, SIDE)
+        fits = inside & fits_window(xs[i], ys[i], origin_x, origin_y, SIDE)
         weight = tl.where(fits, ws[i], 0.0)[None, :]
         near_x = tl.maximum(1.0 - tl.abs((xs[i] - origin_x)[None, :] - pixel_x), 0.0)
         near_y = tl.maximum(weight - weight * tl.abs((ys[i] - origin_y)[None, :] - pixel_y), 0.0)
@@ -143,19 +81,14 @@ def _window_weights(
 
 @triton.jit
 def _add_product(
-    acc,
-    window,
-    grad,
-    PIXELS: tl.constexpr,
-    ROWS: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    acc, window, grad, PIXELS: tl.constexpr, ROWS: tl.constexpr, INTERPRET: tl.constexpr
 ):
     """acc + W @ g, with W [SIDE, SIDE, ROWS] float32."""
     window = tl.reshape(window, (PIXELS, ROWS))
     if grad.dtype == tl.bfloat16:
         high = window.to(tl.bfloat16)
         low = (window - high.to(tl.float32)).to(tl.bfloat16)
-        if INTERPRET:  # whose bfloat16 products are wrong
+        if INTERPRET:  # The bfloat16 products of the interpreter are wrong.
             acc = tl.dot(high.to(tl.float32), grad.to(tl.float32), acc)
             acc = tl.dot(low.to(tl.float32), grad.to(tl.float32), acc)
         else:
@@ -168,8 +101,7 @@ def _add_product(
 
 @triton.jit
 def _bounds_and_rest(
-    xs,
-    ys,
+    samples,
     inside,
     origin_x,
     origin_y,
@@ -178,7 +110,8 @@ def _bounds_and_rest(
     P: tl.constexpr,
     SIDE: tl.constexpr,
 ):
-    """Least and greatest position that fits, x and y, and 1 if any sample was left out."""
+    """Minimum and maximum position that fits, x and y, and 1 if any sample was left out."""
+    xs, ys, _ws = samples
     far = 1e9
     x_min = tl.where(inside, far, far)
     y_min = x_min
@@ -188,67 +121,21 @@ def _bounds_and_rest(
     for i in tl.static_range(P):
         x = xs[i]
         y = ys[i]
-        fits = inside & _fits(x, y, origin_x, origin_y, SIDE)
+        fits = inside & fits_window(x, y, origin_x, origin_y, SIDE)
         x_min = tl.minimum(x_min, tl.where(fits, x, far))
         y_min = tl.minimum(y_min, tl.where(fits, y, far))
         x_max = tl.maximum(x_max, tl.where(fits, x, -far))
         y_max = tl.maximum(y_max, tl.where(fits, y, -far))
-        out = _left_out(x, y, inside, origin_x, origin_y, valid_height, valid_width, SIDE)
+        out = is_left_out(x, y, inside, origin_x, origin_y, valid_height, valid_width, SIDE)
         rest = rest | out.to(tl.int32)
     return tl.reduce((x_min, y_min, x_max, y_max, rest), 0, _join_bounds)
 
 
 @triton.jit
-def _positions(
-    points,
-    weights,
-    reference,
-    highest,
-    scale,
-    level,
-    height,
-    width,
-    P: tl.constexpr,
-    R: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """Positions in pixels (just outside of the map at most) and weights of a level's points.
-
-    By these positions `splat_kernel` leaves samples out, and `rest_kernel` adds them: what is fused
-    is not left to the compiler, which might decide otherwise in the other kernel.
-    """
-    float_height = height.to(tl.float32)
-    float_width = width.to(tl.float32)
-    x0, y0, step_x, step_y = load_reference(
-        reference + level * R, float_width, float_height, ROWS, R, P
-    )
-    xs, ys = load_points(points + level * (P * 2), 0, ROWS, GROUP, P)
-    ws = load_logits(weights + level * P, 0, GROUP, P, -float("inf"))
-    ws = columns(weight_of_logit(ws, highest) * scale[:, None], ROWS, GROUP)
-    xs_in = ()
-    ys_in = ()
-    for i in tl.static_range(P):
-        x = tl.fma(xs[i], step_x, x0)
-        y = tl.fma(ys[i], step_y, y0)
-        xs_in = xs_in + (clamp_position(x, float_width),)
-        ys_in = ys_in + (clamp_position(y, float_height),)
-    return xs_in, ys_in, ws
-
-
-@triton.jit
 def _splat_level(
-    fine_grad,
-    fine_inside,
-    fine_xs,
-    fine_ys,
-    fine_ws,
+    fine,
+    coarse,
     count,
-    coarse_grad,
-    coarse_inside,
-    coarse_xs,
-    coarse_ys,
-    coarse_ws,
     level_base,
     window_ptr,
     height,
@@ -266,7 +153,14 @@ def _splat_level(
     BLOCK_Y: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """Sum what a cell's queries send to one level, add it up there, and note what was left out."""
+    """Sum the contributions of a cell to one level, and add the sums to global memory.
+
+    `fine` (queries of level 0) and `coarse` (of the other levels) are (gradient rows, mask,
+    samples). Stores the origin of the window, and whether any sample was left out.
+    """
+    fine_grad, fine_inside, fine_samples = fine
+    coarse_grad, coarse_inside, coarse_samples = coarse
+    fine_xs, fine_ys, _fine_ws = fine_samples
     sum_x = tl.zeros((FINE,), tl.float32)
     sum_y = tl.zeros((FINE,), tl.float32)
     for i in tl.static_range(P):
@@ -277,19 +171,11 @@ def _splat_level(
     origin_y = tl.floor(sum_y / (count * P)) - (SIDE // 2 - 1)
 
     x_min, y_min, x_max, y_max, rest = _bounds_and_rest(
-        fine_xs, fine_ys, fine_inside, origin_x, origin_y, valid_height, valid_width, P, SIDE
+        fine_samples, fine_inside, origin_x, origin_y, valid_height, valid_width, P, SIDE
     )
     if L > 1:
         bounds = _bounds_and_rest(
-            coarse_xs,
-            coarse_ys,
-            coarse_inside,
-            origin_x,
-            origin_y,
-            valid_height,
-            valid_width,
-            P,
-            SIDE,
+            coarse_samples, coarse_inside, origin_x, origin_y, valid_height, valid_width, P, SIDE
         )
         x_min = tl.minimum(x_min, bounds[0])
         y_min = tl.minimum(y_min, bounds[1])
@@ -300,30 +186,18 @@ def _splat_level(
     tl.store(window_ptr + 1, origin_y)
     tl.store(window_ptr + 2, rest.to(tl.float32))
 
-    # A few rows at a time, for the registers' sake; and only rows that samples reach.
+    # A few rows at a time, to limit registers, and only rows that samples reach.
     for first_row in range(0, SIDE, BLOCK_Y):
         top = origin_y + tl.full((), 1.0, tl.float32) * first_row
         if (y_max > top - 1.0) & (y_min < top + BLOCK_Y):
             window = _window_weights(
-                fine_xs,
-                fine_ys,
-                fine_ws,
-                fine_inside,
-                origin_x,
-                origin_y,
-                first_row,
-                P,
-                FINE,
-                SIDE,
-                BLOCK_Y,
+                fine_samples, fine_inside, origin_x, origin_y, first_row, P, FINE, SIDE, BLOCK_Y
             )
             acc = tl.zeros((BLOCK_Y * SIDE, PADDED_D), tl.float32)
             acc = _add_product(acc, window, fine_grad, BLOCK_Y * SIDE, FINE, INTERPRET)
             if L > 1:
                 window = _window_weights(
-                    coarse_xs,
-                    coarse_ys,
-                    coarse_ws,
+                    coarse_samples,
                     coarse_inside,
                     origin_x,
                     origin_y,
@@ -334,7 +208,7 @@ def _splat_level(
                     BLOCK_Y,
                 )
                 acc = _add_product(acc, window, coarse_grad, BLOCK_Y * SIDE, COARSE, INTERPRET)
-            # Of these rows, the part that samples reach and that is within the map.
+            # The pixels of these rows that samples reach and that are within the map.
             pixel = tl.arange(0, BLOCK_Y * SIDE)
             pixel_x = origin_x + (pixel % SIDE).to(tl.float32)
             pixel_y = top + (pixel // SIDE).to(tl.float32)
@@ -349,26 +223,6 @@ def _splat_level(
             if PADDED_D > D:
                 mask = mask & (channel < D)
             tl.atomic_add(level_base + offset[:, None] + channel, acc, mask=mask, sem="relaxed")
-
-
-@triton.jit
-def _load_queries(
-    points_ptr,
-    weights_ptr,
-    reference_ptr,
-    query,
-    stride_pq,
-    stride_wq,
-    L: tl.constexpr,
-    P: tl.constexpr,
-    R: tl.constexpr,
-    PADDED_LP: tl.constexpr,
-):
-    """Pointers to the points, weights and reference of queries, and their softmax."""
-    weights = weights_ptr + (query * stride_wq)[:, None]
-    highest, scale = softmax_of_rows(weights, L * P, PADDED_LP)
-    points = points_ptr + (query * stride_pq)[:, None]
-    return points, weights, reference_ptr + query * (L * R), highest, scale
 
 
 @triton.jit
@@ -431,74 +285,38 @@ def splat_kernel(
     windows_ptr += (batch * tl.num_programs(0) + program) * (L * 3)
     level_base = grad_value_ptr + batch * num_queries * (M * D) + head * D
 
-    query, inside = _fine_queries(cell // cells_across, cell % cells_across, levels)
+    query, inside = fine_queries(cell // cells_across, cell % cells_across, levels)
     count = tl.maximum(tl.sum(inside.to(tl.int32), 0), 1).to(tl.float32)
     grad = _load_rows(grad_output_ptr, query, inside, M * D, D, PADDED_D)
-    points, weights, reference, highest, scale = _load_queries(
+    fine_inputs = load_queries(
         points_ptr, weights_ptr, reference_ptr, query, stride_pq, stride_wq, L, P, R, PADDED_LP
     )
     if L > 1:
-        query, coarse_inside = _coarse_queries(
+        query, coarse_inside = coarse_queries(
             cell // cells_across, cell % cells_across, levels, L, COARSE
         )
         coarse_grad = _load_rows(grad_output_ptr, query, coarse_inside, M * D, D, PADDED_D)
-        coarse_points, coarse_weights, coarse_reference, coarse_highest, coarse_scale = (
-            _load_queries(
-                points_ptr,
-                weights_ptr,
-                reference_ptr,
-                query,
-                stride_pq,
-                stride_wq,
-                L,
-                P,
-                R,
-                PADDED_LP,
-            )
+        coarse_inputs = load_queries(
+            points_ptr, weights_ptr, reference_ptr, query, stride_pq, stride_wq, L, P, R, PADDED_LP
         )
-    # Two loops, of one window size each: code, and time to compile it, stay bounded.
-    for part in tl.static_range(2 if L > 2 else 1):
-        for level in range(2 * part, L if part == 1 or L < 2 else 2):
+    # One loop per window size, to limit the code and its compilation time.
+    for loop in tl.static_range(2 if L > 2 else 1):
+        for level in range(2 * loop, L if loop == 1 or L < 2 else 2):
             height, width = level_size(level, levels, L)
             valid_height, valid_width = load_valid_size(
                 valid_ptr + level * 2, height, width, HAS_VALID_SIZES
             )
-            xs, ys, ws = _positions(
-                points, weights, reference, highest, scale, level, height, width, P, R, FINE, GROUP
-            )
+            samples = load_samples(fine_inputs, level, height, width, P, R, FINE, GROUP)
+            fine = (grad, inside, samples)
             if L > 1:
-                coarse_xs, coarse_ys, coarse_ws = _positions(
-                    coarse_points,
-                    coarse_weights,
-                    coarse_reference,
-                    coarse_highest,
-                    coarse_scale,
-                    level,
-                    height,
-                    width,
-                    P,
-                    R,
-                    COARSE,
-                    GROUP,
-                )
+                samples = load_samples(coarse_inputs, level, height, width, P, R, COARSE, GROUP)
+                coarse = (coarse_grad, coarse_inside, samples)
             else:
-                coarse_grad = grad
-                coarse_inside = inside
-                coarse_xs = xs
-                coarse_ys = ys
-                coarse_ws = ws
+                coarse = fine
             _splat_level(
-                grad,
-                inside,
-                xs,
-                ys,
-                ws,
+                fine,
+                coarse,
                 count,
-                coarse_grad,
-                coarse_inside,
-                coarse_xs,
-                coarse_ys,
-                coarse_ws,
                 level_base,
                 windows_ptr + level * 3,
                 height,
@@ -512,7 +330,7 @@ def splat_kernel(
                 PADDED_D,
                 FINE,
                 COARSE,
-                SIDE if part == 0 else COARSE_SIDE,
+                SIDE if loop == 0 else COARSE_SIDE,
                 BLOCK_Y,
                 INTERPRET,
             )
@@ -521,45 +339,35 @@ def splat_kernel(
 
 @triton.jit
 def _scatter_rest(
+    queries,
     grad_output_ptr,
-    points_ptr,
-    weights_ptr,
-    reference_ptr,
     query,
     inside,
     level_base,
     level,
-    origin_x,
-    origin_y,
-    side,
+    window,
     height,
     width,
     valid_height,
     valid_width,
-    stride_pq,
-    stride_wq,
     STRIDE: tl.constexpr,
     D: tl.constexpr,
-    L: tl.constexpr,
     P: tl.constexpr,
     R: tl.constexpr,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
-    PADDED_LP: tl.constexpr,
     SPLIT_D: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Add the samples of some queries that were left out of a window by themselves."""
-    points, weights, reference, highest, scale = _load_queries(
-        points_ptr, weights_ptr, reference_ptr, query, stride_pq, stride_wq, L, P, R, PADDED_LP
-    )
-    xs, ys, ws = _positions(
-        points, weights, reference, highest, scale, level, height, width, P, R, ROWS, GROUP
-    )
+    """Add the samples of some queries that were left out of a window (origin x, origin y, side)."""
+    origin_x, origin_y, side = window
+    xs, ys, ws = load_samples(queries, level, height, width, P, R, ROWS, GROUP)
     channel = tl.arange(0, SPLIT_D)[None, :]
     grad = load_gradient(grad_output_ptr, query * STRIDE, channel, inside, D, SPLIT_D, SPLITS)
     for i in tl.static_range(P):
-        rows = _left_out(xs[i], ys[i], inside, origin_x, origin_y, valid_height, valid_width, side)
+        rows = is_left_out(
+            xs[i], ys[i], inside, origin_x, origin_y, valid_height, valid_width, side
+        )
         scatter_sample(
             grad,
             level_base + channel,
@@ -610,7 +418,7 @@ def rest_kernel(
     SIDE: tl.constexpr,
     COARSE_SIDE: tl.constexpr,
 ):
-    """Add the samples that `splat_kernel` left out; arguments as there."""
+    """Add the samples that `splat_kernel` left out. Arguments are those of `splat_kernel`."""
     FINE: tl.constexpr = 64
     COARSE: tl.constexpr = 32
     program = tl.program_id(0)
@@ -632,67 +440,44 @@ def rest_kernel(
             )
             origin_x = tl.load(windows_ptr + level * 3)
             origin_y = tl.load(windows_ptr + level * 3 + 1)
-            side = tl.where(level < 2, SIDE, COARSE_SIDE)
-            query, inside = _fine_queries(cell // cells_across, cell % cells_across, levels)
-            _scatter_rest(
-                grad_output_ptr,
-                points_ptr,
-                weights_ptr,
-                reference_ptr,
-                query,
-                inside,
-                level_base,
-                level,
-                origin_x,
-                origin_y,
-                side,
-                height,
-                width,
-                valid_height,
-                valid_width,
-                stride_pq,
-                stride_wq,
-                M * D,
-                D,
-                L,
-                P,
-                R,
-                FINE,
-                GROUP,
-                PADDED_LP,
-                SPLIT_D,
-                SPLITS,
-            )
-            if L > 1:
-                query, inside = _coarse_queries(
-                    cell // cells_across, cell % cells_across, levels, L, COARSE
-                )
-                _scatter_rest(
-                    grad_output_ptr,
+            window = (origin_x, origin_y, tl.where(level < 2, SIDE, COARSE_SIDE))
+            for group in tl.static_range(2 if L > 1 else 1):
+                if group == 0:
+                    query, inside = fine_queries(cell // cells_across, cell % cells_across, levels)
+                else:
+                    query, inside = coarse_queries(
+                        cell // cells_across, cell % cells_across, levels, L, COARSE
+                    )
+                queries = load_queries(
                     points_ptr,
                     weights_ptr,
                     reference_ptr,
                     query,
+                    stride_pq,
+                    stride_wq,
+                    L,
+                    P,
+                    R,
+                    PADDED_LP,
+                )
+                _scatter_rest(
+                    queries,
+                    grad_output_ptr,
+                    query,
                     inside,
                     level_base,
                     level,
-                    origin_x,
-                    origin_y,
-                    side,
+                    window,
                     height,
                     width,
                     valid_height,
                     valid_width,
-                    stride_pq,
-                    stride_wq,
                     M * D,
                     D,
-                    L,
                     P,
                     R,
-                    COARSE,
+                    FINE if group == 0 else COARSE,
                     GROUP,
-                    PADDED_LP,
                     SPLIT_D,
                     SPLITS,
                 )

@@ -1,22 +1,25 @@
-"""One-to-many assignment in three launches, whatever the number of layers, images and targets.
+"""One-to-many assignment in three launches, for any number of layers, images and targets.
 
-1. `score_kernel`: a block of queries of one layer and image against the targets that exist: scores
-   [N, B, T, Q], and each query's best target. Of the logits only the classes of present targets
-   are read.
-2. `best_queries_kernel`: one target: its k best queries, by k passes over its row of scores. The
-   first of them is positive whatever it scores: its best score becomes infinite.
-3. `select_kernel`: one layer and image: which queries are positive, the draw among them by
-   priority where there are too many, how many each target keeps, with that which of its best
-   queries it takes, and what each query so taken is to predict.
+1. `score_kernel`: a program takes a block of queries of one layer and image and loops over the
+   valid targets. It writes scores [N, B, T, Q] and the best target of each query. Of the logits, it
+   reads only the classes of these targets.
+2. `best_queries_kernel`: a program takes one target and finds its k best queries by k passes over
+   its row of scores. The first of them is positive whatever its score: its best score is set to
+   infinity.
+3. `select_kernel`: a program takes one layer and image. It finds the positive queries, keeps those
+   of the lowest priorities if there are too many, counts the kept queries of each target, and
+   writes which of its best queries each target takes, and the class of each query.
 
-The draw needs the `limit` lowest priorities of a set: their threshold is found by bisection over
-the 32 bits of the number's ordered integer, each step one count. What targets keep is counted, and
-the best pair of a query found, by relaxed integer atomics of one program, whose order cannot
-matter: a pair is a number that holds its score above and its target, negated, below.
+To keep the `limit` lowest priorities of a set, the highest of them is found by bisection over the
+32 bits of its ordered integer; each step is one count. Relaxed integer atomics of one program count
+the kept queries and select the best pair of each query. Here a pair is an integer: the score is its
+upper half, the negated target its lower half. The order of atomics does not affect the result.
 
-Arithmetic is float32 without fused multiply-add, and quotients are rounded as IEEE asks, so that a
-score that reaches the threshold exactly does so here and in PyTorch alike. Ties go to the lowest
-index. Every element of the results is written here.
+Arithmetic is float32 without fused multiply-add, with quotients rounded as IEEE requires, so that a
+score that equals the threshold does so in PyTorch too. Ties go to the lowest index. Every element
+of the results is written by the kernels.
+
+Traffic. Scores are written once and read once; everything else is small.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ _LOW_BITS = tl.constexpr(2147483647)
 
 @triton.jit
 def _ordered(x):
-    """int32 numbers that are ordered as float32 ones are."""
+    """int32 numbers in the order of float32 numbers."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)  # no negative zero
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -57,13 +60,13 @@ def score_kernel(
     score_ptr,  # [N, B, T, Q] float32
     best_score_ptr,  # [N, B, Q] float32
     best_target_ptr,  # [N, B, Q] int32
-    pair_ptr,  # [N, B, Q] int64, none yet
+    pair_ptr,  # [N, B, Q] int64, initialised: no pair
     batch,
     num_queries,
     num_targets,
     num_classes,
-    cost_box,
-    cost_class,
+    iou_weight,
+    class_weight,
     stride_ln,
     stride_lb,
     stride_lq,
@@ -86,7 +89,7 @@ def score_kernel(
     boxes_ptr += layer * stride_bn + image * stride_bb + wide_query * stride_bq
     x, y, width, height = load_box(boxes_ptr, stride_bc, exists)
     x0, y0, x1, y1 = to_corners(x, y, width, height)
-    # Maxima and minima do not pass NaN on.
+    # Maximum and minimum do not propagate NaN.
     broken = (x0 != x0) | (y0 != y0) | (x1 != x1) | (y1 != y1)
     score_ptr += layer_image * num_targets * num_queries + query
     best_score = tl.full((BLOCK,), -float("inf"), tl.float32)
@@ -102,7 +105,7 @@ def score_kernel(
         label = tl.minimum(tl.maximum(label, 0), num_classes - 1)
         logit = tl.load(logits_ptr + label * stride_lk, mask=exists, other=0.0)
         probability = tl.div_rn(1.0, 1.0 + tl.exp(-logit.to(tl.float32)))
-        score = cost_box * quotient(intersection, union) + cost_class * probability
+        score = iou_weight * quotient(intersection, union) + class_weight * probability
         score = tl.where(is_finite(score) & (broken == 0), score, WORST)
         tl.store(score_ptr + target.to(tl.int64) * num_queries, score, mask=exists)
         better = score > best_score
@@ -122,7 +125,7 @@ def best_queries_kernel(
     count_ptr,  # [B]
     query_ptr,  # [N, B, T, k] int64
     top_score_ptr,  # [N, B, T, k] float32
-    kept_ptr,  # [N, B, T] int32, none yet
+    kept_ptr,  # [N, B, T] int32, initialised: 0
     batch,
     num_queries,
     num_targets,
@@ -174,7 +177,7 @@ def select_kernel(
     TARGETS: tl.constexpr,  # at a time
     BLOCK: tl.constexpr,  # all queries
 ):
-    """Positive queries, the draw among them, what each target takes and each query predicts."""
+    """Select positive queries, the queries of each target, and the class of each query."""
     layer_image = tl.program_id(0).to(tl.int64)
     layer = layer_image // batch
     image = layer_image % batch
@@ -191,7 +194,7 @@ def select_kernel(
         key = _ordered(priority).to(tl.int64)
         low = tl.full((), -2147483648, tl.int64)
         high = tl.full((), 2147483647, tl.int64)
-        while low < high:  # the least key that `limit` positives do not exceed
+        while low < high:  # the lowest key that at least `limit` positives do not exceed
             middle = (low + high) >> 1
             enough = tl.sum((positive & (key <= middle)).to(tl.int32), 0) >= limit
             high = tl.where(enough, middle, high)
@@ -241,19 +244,17 @@ def one_to_many(
     target_boxes: Tensor,
     count: Tensor,
     priority: Tensor,
-    *,
+    worst: float,
     k: int,
     threshold: float,
     limit: int,
-    cost_box: float,
-    cost_class: float,
-    worst: float,
+    iou_weight: float,
+    class_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Query [N, B, T, k] int64, mask and score of the pairs; of each query [N, B, Q] int64 the
-    target of its best pair, T if none, and that target's class, -1 if none.
+    """The fields of `msdetr.ops.one_to_many.OneToMany`.
 
-    What is of targets is contiguous. `priority` is [N, B, Q] or [B, Q]; `limit` is the most
-    positives of an image.
+    Tensors of targets are contiguous. `priority` is [N, B, Q] or [B, Q]; `limit` is the maximum
+    number of positives of an image; `worst` replaces scores that are not finite.
     """
     layers, batch, queries, classes = logits.shape
     slots = labels.shape[1]
@@ -285,8 +286,8 @@ def one_to_many(
         target,
         *sizes,
         classes,
-        float(cost_box),
-        float(cost_class),
+        float(iou_weight),
+        float(class_weight),
         *logits.stride(),
         *boxes.stride(),
         WORST=worst,

@@ -1,1 +1,1 @@
-"""Operations: a public function, its PyTorch reference of the same signature, its checks."""
+"""Operations: per op a public function, argument checks, a PyTorch reference, registration."""

@@ -1,24 +1,23 @@
-"""Which implementation of an op runs: the only place that decides it.
+"""Selection of the implementation of an op: the only module that decides it.
 
-An explicit request is obeyed or refused, never quietly replaced. `auto` takes the kernel on a GPU
-where it serves the arguments, and the reference everywhere else.
+An explicit request is obeyed or refused, never replaced silently. `auto` takes the kernel on a GPU
+if the kernel serves the arguments, the chunked implementation on a CPU if the op has one, and the
+reference everywhere else.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor
 
 Impl = Literal["auto", "reference", "triton"]
-"""`reference` is plain PyTorch on any device, `triton` a kernel, `auto` the best there is."""
+"""`reference` is plain PyTorch on any device (SciPy for linear assignment), `triton` is a kernel,
+`auto` is the fastest implementation that serves the arguments."""
 
-_KERNELS: frozenset[str] = frozenset(
+_KERNELS = frozenset(
     {
         "focal_loss",
         "linear_assignment",
@@ -30,6 +29,9 @@ _KERNELS: frozenset[str] = frozenset(
 )
 """Ops that have a Triton kernel."""
 
+_CHUNKED = frozenset({"ms_deform_attn", "ms_deform_attn_fused", "one_to_many"})
+"""Ops that have an implementation for a CPU, which works on chunks that fit its caches."""
+
 
 def _is_installed(package: str) -> bool:
     try:
@@ -39,26 +41,8 @@ def _is_installed(package: str) -> bool:
 
 
 _HAS_TRITON = _is_installed("triton")
-# Triton reads it when the kernels' modules are imported.
+# Triton reads this variable when the modules of the kernels are imported.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
-
-
-def register_kernel(
-    library: torch.library.Library, name: str, function: Callable[..., Any]
-) -> None:
-    """Let operator `name` of a library run `function` on a GPU, and in the interpreter on the CPU.
-
-    On a GPU with the device of the first argument as the current one: Triton launches there,
-    wherever its arguments are.
-    """
-
-    @functools.wraps(function)
-    def run_on_its_device(tensor: Tensor, *args: Any) -> Any:
-        with torch.cuda.device(tensor.device):
-            return function(tensor, *args)
-
-    library.impl(name, function, "CPU")
-    library.impl(name, run_on_its_device, "CUDA")
 
 
 def resolve_impl(
@@ -66,24 +50,26 @@ def resolve_impl(
     impl: Impl,
     device: torch.device | None = None,
     unsupported: str | None = None,
-) -> Literal["reference", "triton"]:
+) -> Literal["reference", "chunked", "triton"]:
     """The implementation that serves this request.
 
     Args:
         op: name of the op.
         impl: the request.
-        device: where the arguments are; not needed for ops without a kernel.
+        device: device of the arguments; not needed for ops without a kernel.
         unsupported: why the kernel cannot serve these arguments, or None if it can.
 
     Raises:
         ValueError: `impl` is not one of `Impl`.
-        NotImplementedError: a kernel was asked for by name and the op has none, or it cannot run
-            here or serve the arguments.
+        NotImplementedError: the kernel was requested, and the op has none, or the kernel cannot run
+            here or cannot serve the arguments.
     """
     if impl not in ("auto", "reference", "triton"):
         raise ValueError(f"impl must be 'auto', 'reference' or 'triton', got {impl!r}")
     if impl == "reference":
         return "reference"
+    if impl == "auto" and device is not None and device.type == "cpu" and op in _CHUNKED:
+        return "chunked"
     reason = None
     if op not in _KERNELS:
         reason = f"{op} has no Triton kernel"

@@ -1,7 +1,8 @@
 """Sigmoid focal loss of all queries and classes (Lin et al., ICCV 2017), without one-hot targets.
 
-Every logit counts as background, but that of each query's own class. Nothing but the arguments is
-kept for the gradient.
+Each logit is a binary classification: positive for the class of its query, negative otherwise.
+Only the arguments are kept for the gradient. Autocast does not change the kernels: logits are read
+in their own type, and everything else is float32.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import msdetr.ops.focal_loss_library  # noqa: F401
 from msdetr.boxes import at_least_float32
 from msdetr.ops.dispatch import Impl, resolve_impl
+from msdetr.ops.registration import no_second_derivative, register_op
 
-# What the kernels serve. The reference has no limits.
+# Limits of the kernels. The reference has none.
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_CLASSES = 2**30
 _MAX_LAYERS = 65535
@@ -36,10 +37,10 @@ def focal_loss(
 
     Args:
         logits: [N, B, Q, K], K at least 1.
-        target_class: [N, B, Q] int64, the class of each query. All that is not in 0 ... K - 1 is
-            background, -1 by convention.
+        target_class: [N, B, Q] int64, the class of each query. Values outside of 0 ... K - 1 are
+            background (-1 by convention).
         alpha: weight of positives, in [0, 1]; negatives have 1 - alpha.
-        gamma: focusing exponent, not negative.
+        gamma: focusing exponent, at least 0.
         impl: see `msdetr.ops.dispatch`.
 
     Returns:
@@ -60,12 +61,12 @@ def focal_loss(
 
 
 class _Reference(torch.autograd.Function):
-    """Autograd would also keep the factors of the loss; this keeps the logits, in float32."""
+    """Keeps only the logits, in float32; autograd would also keep the factors of the loss."""
 
     @staticmethod
     def forward(logits: Tensor, target_class: Tensor, alpha: float, gamma: float) -> Tensor:
         loss = (1.0 - alpha) * _loss(logits, gamma)
-        loss = _replace_own(loss, logits, target_class, lambda x: alpha * _loss(-x, gamma))
+        loss = _replace_positive(loss, logits, target_class, lambda x: alpha * _loss(-x, gamma))
         return loss.sum((1, 2, 3))
 
     @staticmethod
@@ -77,32 +78,34 @@ class _Reference(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         logits, target_class = ctx.saved_tensors
         alpha, gamma = ctx.alpha, ctx.gamma
-        slope = (1.0 - alpha) * _slope(logits, gamma)
-        slope = _replace_own(slope, logits, target_class, lambda x: -alpha * _slope(-x, gamma))
-        return grad_output[:, None, None, None] * slope, None, None, None
+        gradient = (1.0 - alpha) * _derivative(logits, gamma)
+        gradient = _replace_positive(
+            gradient, logits, target_class, lambda x: -alpha * _derivative(-x, gamma)
+        )
+        return grad_output[:, None, None, None] * gradient, None, None, None
 
 
 def _loss(x: Tensor, gamma: float) -> Tensor:
-    """Unweighted loss of logits that should be low."""
+    """Unweighted loss of negative logits."""
     return x.sigmoid() ** gamma * F.softplus(x)
 
 
-def _slope(x: Tensor, gamma: float) -> Tensor:
+def _derivative(x: Tensor, gamma: float) -> Tensor:
     """Derivative of `_loss`."""
     p = x.sigmoid()
     return p**gamma * (gamma * ((-x).sigmoid() * F.softplus(x)) + p)
 
 
-def _replace_own(
-    values: Tensor, logits: Tensor, target_class: Tensor, of_own: Callable[[Tensor], Tensor]
+def _replace_positive(
+    values: Tensor, logits: Tensor, target_class: Tensor, of_positive: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """`values`, but `of_own` of the logits of the queries' own classes."""
+    """`values`, replaced by `of_positive(logit)` at the class of each query."""
     is_positive = (target_class >= 0) & (target_class < logits.shape[3])
     index = torch.where(is_positive, target_class, 0)[..., None]
-    own = torch.where(
-        is_positive[..., None], of_own(logits.gather(3, index)), values.gather(3, index)
+    positive = torch.where(
+        is_positive[..., None], of_positive(logits.gather(3, index)), values.gather(3, index)
     )
-    return values.scatter(3, index, own)
+    return values.scatter(3, index, positive)
 
 
 def _check(logits: Tensor, target_class: Tensor, alpha: float, gamma: float) -> None:
@@ -133,3 +136,55 @@ def _unsupported(logits: Tensor) -> str | None:
     if logits.shape[3] > _MAX_CLASSES:
         return f"the kernel takes up to {_MAX_CLASSES} classes, got {logits.shape[3]}"
     return None
+
+
+def _forward(logits: Tensor, target_class: Tensor, alpha: float, gamma: float) -> Tensor:
+    from msdetr.kernels import focal_loss as kernels
+
+    return kernels.forward(logits.contiguous(), target_class.contiguous(), alpha, gamma)
+
+
+def _backward(
+    grad_output: Tensor, logits: Tensor, target_class: Tensor, alpha: float, gamma: float
+) -> Tensor:
+    from msdetr.kernels import focal_loss as kernels
+
+    return kernels.backward(
+        grad_output, logits.contiguous(), target_class.contiguous(), alpha, gamma
+    )
+
+
+def _forward_fake(logits: Tensor, *rest: Any) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.float32)
+
+
+def _backward_fake(grad_output: Tensor, logits: Tensor, *rest: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, target_class, ctx.alpha, ctx.gamma = inputs
+    ctx.save_for_backward(logits, target_class)
+
+
+def _backward_formula(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+    grad_logits: Tensor = torch.ops.msdetr.focal_loss_backward(
+        grad_output, *ctx.saved_tensors, ctx.alpha, ctx.gamma
+    )
+    return grad_logits, None, None, None
+
+
+register_op(
+    "focal_loss(Tensor logits, Tensor target_class, float alpha, float gamma) -> Tensor",
+    _forward,
+    fake=_forward_fake,
+    backward=_backward_formula,
+    save=_save,
+)
+register_op(
+    "focal_loss_backward(Tensor grad_output, Tensor logits, Tensor target_class, float alpha, "
+    "float gamma) -> Tensor",
+    _backward,
+    fake=_backward_fake,
+    backward=no_second_derivative("the focal loss kernel"),
+)

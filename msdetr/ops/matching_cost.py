@@ -8,19 +8,14 @@ import torch
 from torch import Tensor
 
 from msdetr.boxes import at_least_float32, cxcywh_to_xyxy, pairwise_generalized_iou
-from msdetr.ops.dispatch import Impl, register_kernel, resolve_impl
+from msdetr.ops.dispatch import Impl, resolve_impl
+from msdetr.ops.registration import register_op
 from msdetr.structures import Targets
 
 FOCAL_ALPHA = 0.25
 FOCAL_GAMMA = 2.0
 WORST_COST = 1e6
-"""Stands for a cost that is not finite, so that a solver ranks the pair last."""
-
-_LIBRARY = torch.library.Library("msdetr", "FRAGMENT")
-_LIBRARY.define(
-    "matching_cost(Tensor logits, Tensor boxes, Tensor? labels, Tensor target_boxes, Tensor count, "
-    "float cost_class, float cost_bbox, float cost_giou) -> Tensor"
-)
+"""Replaces costs that are not finite, so that a solver ranks these pairs last."""
 
 
 def matching_cost(
@@ -39,16 +34,16 @@ def matching_cost(
     Args:
         logits: [N, B, Q, K]
         boxes: [N, B, Q, 4] cxcywh
-        targets: T slots; the costs of empty slots mean nothing.
-        cost_class: weight of the focal class cost; with 0 the logits are not read.
+        targets: T slots; the costs of empty slots are arbitrary.
+        cost_class: weight of the focal class cost; if it is 0, the logits are not read.
         cost_bbox: weight of the L1 distance.
         cost_giou: weight of the negative GIoU.
-        class_agnostic: all targets are of class 0, whatever their labels.
+        class_agnostic: treat all targets as class 0, whatever their labels.
         impl: see `msdetr.ops.dispatch`.
 
     Returns:
-        [N, B, Q, T], float32 at least, always finite. From the kernel a view of [N, B, T, Q], in
-        which the costs of a target are contiguous.
+        [N, B, Q, T], float32 at least, always finite. The kernel returns a view of [N, B, T, Q]:
+        the costs of a target are contiguous.
 
     Raises:
         NotImplementedError: `impl` is "triton" and the boxes are float64.
@@ -122,5 +117,9 @@ def _fake(
     return boxes.new_empty((layers, batch, target_boxes.shape[1], queries), dtype=torch.float32)
 
 
-register_kernel(_LIBRARY, "matching_cost", _kernel)
-torch.library.register_fake("msdetr::matching_cost", _fake, lib=_LIBRARY)
+register_op(
+    "matching_cost(Tensor logits, Tensor boxes, Tensor? labels, Tensor target_boxes, Tensor count, "
+    "float cost_class, float cost_bbox, float cost_giou) -> Tensor",
+    _kernel,
+    fake=_fake,
+)

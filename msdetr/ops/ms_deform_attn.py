@@ -1,8 +1,8 @@
 """Multi-scale deformable attention (Zhu et al., Deformable DETR, ICLR 2021, eq. 3).
 
-Each query samples P points on each of L feature maps, per head, and adds the bilinear samples up
-with its attention weights. Samples outside a map are zero; a location is a fraction of the map,
-(0, 0) its top left corner and (1, 1) its bottom right corner, pixel centres at half integers.
+Each head of each query takes bilinear samples at P points of each of L feature maps and sums them
+with its attention weights. Locations are fractions of the map: (0, 0) is its top left corner and
+(1, 1) its bottom right corner. Pixel centres are at half integers. Samples outside a map are zero.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from msdetr.ops.dispatch import Impl, resolve_impl
 from msdetr.ops.ms_deform_attn_library import flatten_shapes
 from msdetr.structures import SpatialShapes, spatial_shapes_tensor
 
-# What the kernels serve. The reference has no limits.
+# Limits of the kernels. The reference has none.
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_LEVELS = 8
 _MAX_POINTS = 16
@@ -36,7 +36,7 @@ def ms_deform_attn(
     Args:
         value: [B, S, M, D], the feature maps of all levels, flattened row by row.
         spatial_shapes: L pairs (height, width); their areas sum to S. A tensor [L, 2] is accepted
-            outside of compiled code, and read back.
+            outside of compiled code; it is copied to the host.
         sampling_locations: [B, Q, M, L, P, 2], (x, y) as fractions of each map. A location that is
             not finite samples zero.
         attention_weights: [B, Q, M, L, P]
@@ -72,12 +72,13 @@ def ms_deform_attn(
         value, sampling_locations=sampling_locations, attention_weights=attention_weights
     )
     unsupported = _unsupported(value, levels, attention_weights.shape[-1])
-    if resolve_impl("ms_deform_attn", impl, value.device, unsupported) == "triton":
+    resolved = resolve_impl("ms_deform_attn", impl, value.device, unsupported)
+    if resolved == "triton":
         output: Tensor = torch.ops.msdetr.ms_deform_attn(
             value, flatten_shapes(spatial_shapes), sampling_locations, attention_weights
         )
         return output
-    return _sample(value, spatial_shapes, sampling_locations, attention_weights, impl)
+    return _sample(value, spatial_shapes, sampling_locations, attention_weights, resolved)
 
 
 def ms_deform_attn_fused(
@@ -94,14 +95,14 @@ def ms_deform_attn_fused(
     Args:
         value: [B, S, M, D], the feature maps of all levels, flattened row by row.
         spatial_shapes: L pairs (height, width); their areas sum to S. A tensor [L, 2] is accepted
-            outside of compiled code, and read back.
+            outside of compiled code; it is copied to the host.
         projection: [B, Q, M * L * P * 3]: first the sampling offsets [M, L, P, 2], then the
-            attention logits [M, L, P], whose softmax runs over L * P.
-        reference_points: [B, Q, L, 2] points, offsets then count in pixels of their level; or
-            [B, Q, L, 4] boxes (cxcywh), offsets then count in box sides over 2 P. Fractions of the
-            padded maps.
-        valid_sizes: [B, L, 2], valid (height, width) of each image and level; what lies right and
-            below is padding and samples zero. None: no padding.
+            attention logits [M, L, P], whose softmax is over L * P.
+        reference_points: fractions of the padded maps. Either points [B, Q, L, 2], with offsets in
+            pixels of their level, or boxes [B, Q, L, 4] (cxcywh), with offsets in box sides divided
+            by 2 P.
+        valid_sizes: [B, L, 2], valid (height, width) of each image and level; the rest, right and
+            below, is padding and samples zero. None: no padding.
         impl: see `msdetr.ops.dispatch`.
 
     Returns:
@@ -137,12 +138,17 @@ def ms_deform_attn_fused(
         raise ValueError(f"valid_sizes is on {valid_sizes.device}, value on {value.device}")
     points = projection.shape[2] // (heads * levels * 3)
     unsupported = _unsupported(value, levels, points)
-    if resolve_impl("ms_deform_attn_fused", impl, value.device, unsupported) == "triton":
+    resolved = resolve_impl("ms_deform_attn_fused", impl, value.device, unsupported)
+    if resolved == "triton":
         output: Tensor = torch.ops.msdetr.ms_deform_attn_fused(
             value, flatten_shapes(spatial_shapes), projection, reference_points, valid_sizes
         )
         return output
-    return _fused_reference(value, spatial_shapes, projection, reference_points, valid_sizes, impl)
+    locations, weights = _locations_and_weights(value, spatial_shapes, projection, reference_points)
+    if valid_sizes is not None:
+        padding = padding_mask(spatial_shapes, valid_sizes)
+        value = value.masked_fill(padding[:, :, None, None], 0.0)
+    return _sample(value, spatial_shapes, locations, weights, resolved)
 
 
 def padding_mask(spatial_shapes: SpatialShapes, valid_sizes: Tensor) -> Tensor:
@@ -156,18 +162,14 @@ def padding_mask(spatial_shapes: SpatialShapes, valid_sizes: Tensor) -> Tensor:
     return torch.cat(masks, dim=1)
 
 
-def _fused_reference(
-    value: Tensor,
-    spatial_shapes: SpatialShapes,
-    projection: Tensor,
-    reference_points: Tensor,
-    valid_sizes: Tensor | None,
-    impl: Impl,
-) -> Tensor:
+def _locations_and_weights(
+    value: Tensor, spatial_shapes: SpatialShapes, projection: Tensor, reference_points: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Arguments of `ms_deform_attn` that follow from those of `ms_deform_attn_fused`."""
     heads, levels = value.shape[2], len(spatial_shapes)
     points = projection.shape[2] // (heads * levels * 3)
     num_offsets = heads * levels * points * 2
-    # Locations are float32 at least: a bfloat16 coordinate is off by a third of a pixel.
+    # Locations are float32 at least: a bfloat16 coordinate can be off by a third of a pixel.
     projection = projection.to(torch.promote_types(projection.dtype, torch.float32))
     offsets = projection[..., :num_offsets].unflatten(-1, (heads, levels, points, 2))
     logits = projection[..., num_offsets:].unflatten(-1, (heads, levels * points))
@@ -179,10 +181,7 @@ def _fused_reference(
         locations = reference + offsets / shapes.flip(-1)[:, None]
     else:
         locations = reference[..., :2] + offsets / points * reference[..., 2:] * 0.5
-    if valid_sizes is not None:
-        padding = padding_mask(spatial_shapes, valid_sizes)
-        value = value.masked_fill(padding[:, :, None, None], 0.0)
-    return _sample(value, spatial_shapes, locations, weights, impl)
+    return locations, weights
 
 
 def _sample(
@@ -190,14 +189,14 @@ def _sample(
     spatial_shapes: SpatialShapes,
     sampling_locations: Tensor,
     attention_weights: Tensor,
-    impl: Impl,
+    resolved: str,
 ) -> Tensor:
-    if impl == "auto" and value.device.type == "cpu":
-        output: Tensor = torch.ops.msdetr.ms_deform_attn_chunked(
-            value, flatten_shapes(spatial_shapes), sampling_locations, attention_weights
-        )
-        return output
-    return _reference(value, spatial_shapes, sampling_locations, attention_weights)
+    if resolved == "reference":
+        return _reference(value, spatial_shapes, sampling_locations, attention_weights)
+    output: Tensor = torch.ops.msdetr.ms_deform_attn_chunked(
+        value, flatten_shapes(spatial_shapes), sampling_locations, attention_weights
+    )
+    return output
 
 
 def _reference(
@@ -209,8 +208,8 @@ def _reference(
     batch, tokens, heads, channels = value.shape
     queries = sampling_locations.shape[1]
     dtype = torch.promote_types(value.dtype, torch.float32)
-    # A sample at -1 or 2 is outside of any map, so clamping changes no value and no gradient; it
-    # keeps grid_sample's integer conversion in range.
+    # A sample at -1 or 2 is outside of every map, so clamping changes neither values nor gradients.
+    # It keeps the integer conversion of grid_sample in range.
     locations = torch.nan_to_num(sampling_locations.to(dtype), nan=-1.0).clamp(-1.0, 2.0)
     grid = 2.0 * locations - 1.0
     grid = grid.permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # [L, B * M, Q, P, 2]

@@ -1,8 +1,9 @@
-"""Deformable attention on a CPU: the reference's arithmetic, a few feature maps at a time.
+"""Deformable attention on a CPU: the arithmetic of the reference, a few feature maps at a time.
 
-The reference holds the samples of all heads at once and keeps them for the backward pass. Here they
-stay in the cache: forward adds them up at once, backward samples again. The operator is opaque, so
-that compiled code does not take `grid_sample` apart into scalar loads.
+The reference holds the samples of all heads at once and keeps them for the backward pass. Here the
+samples of a chunk of maps stay in the cache: the forward pass sums them immediately, and the
+backward pass samples again. The operator is opaque, because compiled code would decompose
+`grid_sample` into scalar loads.
 """
 
 from __future__ import annotations
@@ -13,24 +14,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_LIBRARY = torch.library.Library("msdetr", "FRAGMENT")
-_LIBRARY.define(
-    "ms_deform_attn_chunked(Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, "
-    "Tensor attention_weights) -> Tensor"
-)
-_LIBRARY.define(
-    "ms_deform_attn_chunked_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, "
-    "Tensor sampling_locations, Tensor attention_weights) -> (Tensor, Tensor, Tensor)"
-)
+from msdetr.ops.registration import no_second_derivative, register_op
 
 
 class _Maps(NamedTuple):
-    """The arguments, laid out for `grid_sampler_2d`: B * M maps of D channels per level."""
+    """The arguments in the layout of `grid_sampler_2d`: B * M maps of D channels per level."""
 
     maps: Tensor
     """[B * M, D, S]"""
     grid: Tensor
-    """[L, B * M, P, Q, 2], from -1 to 1 within a map."""
+    """[L, B * M, P, Q, 2] (x, y), -1 to 1 within a map."""
     weights: Tensor
     """[L, B * M, P, Q]"""
 
@@ -38,7 +31,7 @@ class _Maps(NamedTuple):
 def _lay_out(value: Tensor, sampling_locations: Tensor, attention_weights: Tensor) -> _Maps:
     dtype = torch.promote_types(value.dtype, torch.float32)
     maps = value.to(dtype).permute(0, 2, 3, 1).flatten(0, 1).contiguous()
-    # Outside of any map as it is, and in range of grid_sampler's integers.
+    # Clamped locations remain outside of every map, and within the integer range of grid_sampler.
     locations = torch.nan_to_num(sampling_locations.to(dtype), nan=-1.0).clamp_(-1.0, 2.0)
     grid = locations.mul_(2.0).sub_(1.0).permute(3, 0, 2, 4, 1, 5).flatten(1, 2).contiguous()
     weights = attention_weights.to(dtype).permute(3, 0, 2, 4, 1).flatten(1, 2).contiguous()
@@ -46,7 +39,7 @@ def _lay_out(value: Tensor, sampling_locations: Tensor, attention_weights: Tenso
 
 
 def _chunks(count: int) -> Iterator[slice]:
-    """As many maps at a time as there are threads: each samples one."""
+    """Chunks of as many maps as there are threads: each thread samples one map."""
     size = torch.get_num_threads()
     for start in range(0, count, size):
         yield slice(start, start + size)
@@ -102,17 +95,16 @@ def _backward(
             samples = torch.grid_sampler_2d(level_map, points, 0, 0, False)
             torch.sum(samples.mul_(grad[chunk]), 1, out=grad_weights[level, chunk])
             grad_samples = grad[chunk] * weights[level, chunk, None]
-            found = torch.ops.aten.grid_sampler_2d_backward(
+            grad_map, grad_grid[level, chunk] = torch.ops.aten.grid_sampler_2d_backward(
                 grad_samples, level_map, points, 0, 0, False, (True, True)
             )
-            grad_level.copy_(found[0])
-            grad_grid[level, chunk] = found[1]
-    # Where a location was moved into range, nothing depends on it.
-    moved = ~((sampling_locations >= -1.0) & (sampling_locations <= 2.0))
+            grad_level.copy_(grad_map)
+    # The result does not depend on a location that was clamped.
+    clamped = ~((sampling_locations >= -1.0) & (sampling_locations <= 2.0))
     grad_locations = grad_grid.unflatten(1, (batch, heads)).permute(1, 4, 2, 0, 3, 5).mul(2.0)
     return (
         grad_maps.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).to(value.dtype).contiguous(),
-        grad_locations.masked_fill_(moved, 0.0).to(sampling_locations.dtype).contiguous(),
+        grad_locations.masked_fill_(clamped, 0.0).to(sampling_locations.dtype).contiguous(),
         grad_weights.unflatten(1, (batch, heads))
         .permute(1, 4, 2, 0, 3)
         .to(attention_weights.dtype)
@@ -146,19 +138,20 @@ def _backward_formula(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...
     return grad_value, None, *grad_points
 
 
-def _no_second_derivative(ctx: Any, *gradients: Tensor | None) -> None:
-    raise NotImplementedError(
-        "chunked deformable attention has no second derivative: use impl='reference'"
-    )
-
-
-_LIBRARY.impl("ms_deform_attn_chunked", _forward, "CPU")
-_LIBRARY.impl("ms_deform_attn_chunked_backward", _backward, "CPU")
-torch.library.register_fake("msdetr::ms_deform_attn_chunked", _forward_fake, lib=_LIBRARY)
-torch.library.register_fake("msdetr::ms_deform_attn_chunked_backward", _backward_fake, lib=_LIBRARY)
-torch.library.register_autograd(
-    "msdetr::ms_deform_attn_chunked", _backward_formula, setup_context=_save, lib=_LIBRARY
+register_op(
+    "ms_deform_attn_chunked(Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, "
+    "Tensor attention_weights) -> Tensor",
+    _forward,
+    fake=_forward_fake,
+    backward=_backward_formula,
+    save=_save,
+    devices=("CPU",),
 )
-torch.library.register_autograd(
-    "msdetr::ms_deform_attn_chunked_backward", _no_second_derivative, lib=_LIBRARY
+register_op(
+    "ms_deform_attn_chunked_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, "
+    "Tensor sampling_locations, Tensor attention_weights) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    fake=_backward_fake,
+    backward=no_second_derivative("chunked deformable attention"),
+    devices=("CPU",),
 )

@@ -1,40 +1,23 @@
-"""`torch.ops.msdetr.ms_deform_attn*`: the kernels as operators that autograd, autocast,
-torch.compile and torch.export know.
+"""`torch.ops.msdetr.ms_deform_attn*`: the kernels of deformable attention as operators.
 
-The operators are opaque: compiled code calls them as they are. Spatial shapes travel as a flat list
-of integers. A backward operator returns an empty tensor for each gradient that is not needed.
+Spatial shapes are passed as a flat list of integers. A backward operator returns an empty tensor
+for each gradient that is not needed. With autocast, `value` and `projection` are converted, and
+coordinates and weights keep their types: a coordinate needs float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from msdetr.ops.dispatch import register_kernel
+from msdetr.ops.registration import no_second_derivative, register_op
 from msdetr.structures import SpatialShapes
 
-_LIBRARY = torch.library.Library("msdetr", "FRAGMENT")
-_LIBRARY.define(
-    "ms_deform_attn(Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, "
-    "Tensor attention_weights) -> Tensor"
-)
-_LIBRARY.define(
-    "ms_deform_attn_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, "
-    "Tensor sampling_locations, Tensor attention_weights, bool need_value, bool need_points, "
-    "bool deterministic) -> (Tensor, Tensor, Tensor)"
-)
-_LIBRARY.define(
-    "ms_deform_attn_fused(Tensor value, SymInt[] spatial_shapes, Tensor projection, "
-    "Tensor reference_points, Tensor? valid_sizes) -> Tensor"
-)
-_LIBRARY.define(
-    "ms_deform_attn_fused_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, "
-    "Tensor projection, Tensor reference_points, Tensor? valid_sizes, bool need_value, "
-    "bool need_projection, bool need_reference, bool deterministic) -> (Tensor, Tensor, Tensor)"
-)
+if TYPE_CHECKING:
+    from msdetr.kernels.ms_deform_attn import Points
 
 
 def flatten_shapes(spatial_shapes: SpatialShapes) -> list[int]:
@@ -47,12 +30,12 @@ def _shapes(flat: Sequence[int]) -> SpatialShapes:
 
 
 def _with_dense_channels(value: Tensor) -> Tensor:
-    """`value`, copied if its heads and channels do not follow one another in memory."""
+    """`value`, copied unless its heads and channels are contiguous in memory."""
     is_dense = value.stride(3) == 1 and value.stride(2) == value.shape[3]
     return value if is_dense else value.contiguous()
 
 
-def _standard_points(sampling_locations: Tensor, attention_weights: Tensor) -> Any:
+def _standard_points(sampling_locations: Tensor, attention_weights: Tensor) -> Points:
     from msdetr.kernels.ms_deform_attn import Points
 
     locations = sampling_locations.contiguous().flatten(2)
@@ -62,7 +45,7 @@ def _standard_points(sampling_locations: Tensor, attention_weights: Tensor) -> A
 
 def _fused_points(
     value: Tensor, num_levels: int, projection: Tensor, reference_points: Tensor
-) -> Any:
+) -> Points:
     from msdetr.kernels.ms_deform_attn import Points
 
     if projection.stride(2) != 1:
@@ -113,29 +96,23 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from msdetr.kernels import ms_deform_attn as kernels
 
-    value, shapes = _with_dense_channels(value), _shapes(spatial_shapes)
-    grad_output = grad_output.contiguous()
     points = _standard_points(sampling_locations, attention_weights)
+    arguments = (
+        grad_output.contiguous(),
+        _with_dense_channels(value),
+        _shapes(spatial_shapes),
+        points,
+        None,
+    )
     grad_value, grad_locations, grad_weights = (value.new_empty(0) for _ in range(3))
     if need_points:
         grad_locations = torch.empty_like(points.points)
         grad_weights = torch.empty_like(points.weights)
-        kernels.backward_points(
-            grad_output,
-            value,
-            shapes,
-            points,
-            None,
-            grad_locations,
-            grad_weights,
-            need_reference=False,
-        )
+        kernels.backward_points(*arguments, grad_locations, grad_weights, need_reference=False)
         grad_locations = grad_locations.view(sampling_locations.shape)
         grad_weights = grad_weights.view(attention_weights.shape)
     if need_value:
-        grad_value = kernels.backward_value(
-            grad_output, value, shapes, points, None, deterministic=deterministic
-        )
+        grad_value = kernels.backward_value(*arguments, deterministic=deterministic)
     return grad_value, grad_locations, grad_weights
 
 
@@ -153,33 +130,22 @@ def _fused_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from msdetr.kernels import ms_deform_attn as kernels
 
-    value, shapes = _with_dense_channels(value), _shapes(spatial_shapes)
-    grad_output = grad_output.contiguous()
+    shapes = _shapes(spatial_shapes)
     points = _fused_points(value, len(shapes), projection, reference_points)
     if valid_sizes is not None:
         valid_sizes = valid_sizes.contiguous()
+    arguments = (grad_output.contiguous(), _with_dense_channels(value), shapes, points, valid_sizes)
     grad_value, grad_projection, grad_reference = (value.new_empty(0) for _ in range(3))
     if need_projection or need_reference:
         grad_projection = torch.empty(
             projection.shape, dtype=projection.dtype, device=projection.device
         )
-        num_offsets = points.points.shape[2]
-        found = kernels.backward_points(
-            grad_output,
-            value,
-            shapes,
-            points,
-            valid_sizes,
-            grad_projection[..., :num_offsets],
-            grad_projection[..., num_offsets:],
-            need_reference=need_reference,
-        )
-        if found is not None:
-            grad_reference = found.to(reference_points.dtype)
+        gradients = grad_projection.split((points.points.shape[2], points.weights.shape[2]), dim=2)
+        reference = kernels.backward_points(*arguments, *gradients, need_reference=need_reference)
+        if reference is not None:
+            grad_reference = reference.to(reference_points.dtype)
     if need_value:
-        grad_value = kernels.backward_value(
-            grad_output, value, shapes, points, valid_sizes, deterministic=deterministic
-        )
+        grad_value = kernels.backward_value(*arguments, deterministic=deterministic)
     return grad_value, grad_projection, grad_reference
 
 
@@ -190,10 +156,13 @@ def _forward_fake(
     return value.new_empty(batch, points.shape[1], heads * head_dim)
 
 
-def _contiguous_like(tensor: Tensor, value: Tensor, needed: bool) -> Tensor:
-    if not needed:
-        return value.new_empty(0)
-    return tensor.new_empty(tensor.shape)
+def _empty_gradients(
+    value: Tensor, tensors: tuple[Tensor, ...], needed: tuple[bool, ...]
+) -> tuple[Tensor, ...]:
+    return tuple(
+        tensor.new_empty(tensor.shape) if is_needed else value.new_empty(0)
+        for tensor, is_needed in zip(tensors, needed, strict=True)
+    )
 
 
 def _backward_fake(
@@ -205,12 +174,9 @@ def _backward_fake(
     need_value: bool,
     need_points: bool,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        _contiguous_like(value, value, need_value),
-        _contiguous_like(sampling_locations, value, need_points),
-        _contiguous_like(attention_weights, value, need_points),
-    )
+) -> tuple[Tensor, ...]:
+    tensors = (value, sampling_locations, attention_weights)
+    return _empty_gradients(value, tensors, (need_value, need_points, need_points))
 
 
 def _fused_backward_fake(
@@ -224,134 +190,87 @@ def _fused_backward_fake(
     need_projection: bool,
     need_reference: bool,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        _contiguous_like(value, value, need_value),
-        _contiguous_like(projection, value, need_projection or need_reference),
-        _contiguous_like(reference_points, value, need_reference),
-    )
+) -> tuple[Tensor, ...]:
+    needed = (need_value, need_projection or need_reference, need_reference)
+    return _empty_gradients(value, (value, projection, reference_points), needed)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    value, spatial_shapes, *rest = inputs
-    ctx.spatial_shapes = spatial_shapes
+    value, ctx.spatial_shapes, *rest = inputs
     ctx.save_for_backward(value, *rest)
 
 
 def _backward_formula(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    need_value, _, need_locations, need_weights = ctx.needs_input_grad
-    value, locations, weights = ctx.saved_tensors
-    grad_value, grad_locations, grad_weights = torch.ops.msdetr.ms_deform_attn_backward(
+    need_value, _, *need_points = ctx.needs_input_grad
+    value, *points = ctx.saved_tensors
+    grad_value, *grad_points = torch.ops.msdetr.ms_deform_attn_backward(
         grad_output,
         value,
         ctx.spatial_shapes,
-        locations,
-        weights,
+        *points,
         need_value,
-        need_locations or need_weights,
+        any(need_points),
         torch.are_deterministic_algorithms_enabled(),
     )
-    return (
-        grad_value if need_value else None,
-        None,
-        grad_locations if need_locations else None,
-        grad_weights if need_weights else None,
-    )
+    return _needed_only((grad_value, None, *grad_points), ctx.needs_input_grad)
 
 
 def _fused_backward_formula(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     need_value, _, need_projection, need_reference, _ = ctx.needs_input_grad
-    value, projection, reference_points, valid_sizes = ctx.saved_tensors
-    grad_value, grad_projection, grad_reference = torch.ops.msdetr.ms_deform_attn_fused_backward(
+    value, *points = ctx.saved_tensors
+    grad_value, *grad_points = torch.ops.msdetr.ms_deform_attn_fused_backward(
         grad_output,
         value,
         ctx.spatial_shapes,
-        projection,
-        reference_points,
-        valid_sizes,
+        *points,
         need_value,
         need_projection,
         need_reference,
         torch.are_deterministic_algorithms_enabled(),
     )
-    return (
-        grad_value if need_value else None,
-        None,
-        grad_projection if need_projection else None,
-        grad_reference if need_reference else None,
-        None,
+    return _needed_only((grad_value, None, *grad_points, None), ctx.needs_input_grad)
+
+
+def _needed_only(
+    gradients: tuple[Tensor | None, ...], needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    return tuple(
+        gradient if is_needed else None
+        for gradient, is_needed in zip(gradients, needed, strict=True)
     )
 
 
-def _no_second_derivative(ctx: Any, *gradients: Tensor | None) -> None:
-    raise NotImplementedError(
-        "the kernels of deformable attention have no second derivative: use impl='reference'"
-    )
-
-
-def _autocast_forward(device_type: str) -> Any:
-    """`value` in autocast's type; locations and weights keep theirs: coordinates need float32."""
-
-    def forward(
-        value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, weights: Tensor
-    ) -> Tensor:
-        value = _lower(value, device_type)
-        with torch.autocast(device_type, enabled=False):
-            output: Tensor = torch.ops.msdetr.ms_deform_attn(
-                value, spatial_shapes, locations, weights
-            )
-        return output
-
-    return forward
-
-
-def _autocast_fused_forward(device_type: str) -> Any:
-    """`value` and `projection` in autocast's type; reference points keep theirs."""
-
-    def forward(
-        value: Tensor,
-        spatial_shapes: Sequence[int],
-        projection: Tensor,
-        reference_points: Tensor,
-        valid_sizes: Tensor | None,
-    ) -> Tensor:
-        value, projection = _lower(value, device_type), _lower(projection, device_type)
-        with torch.autocast(device_type, enabled=False):
-            output: Tensor = torch.ops.msdetr.ms_deform_attn_fused(
-                value, spatial_shapes, projection, reference_points, valid_sizes
-            )
-        return output
-
-    return forward
-
-
-def _lower(tensor: Tensor, device_type: str) -> Tensor:
-    if tensor.device.type != device_type or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device_type))
-
-
-register_kernel(_LIBRARY, "ms_deform_attn", _forward)
-register_kernel(_LIBRARY, "ms_deform_attn_fused", _fused_forward)
-register_kernel(_LIBRARY, "ms_deform_attn_backward", _backward)
-register_kernel(_LIBRARY, "ms_deform_attn_fused_backward", _fused_backward)
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("ms_deform_attn", _autocast_forward(_key.lower()), f"Autocast{_key}")
-    _LIBRARY.impl("ms_deform_attn_fused", _autocast_fused_forward(_key.lower()), f"Autocast{_key}")
-
-for _name, _fake in (
-    ("ms_deform_attn", _forward_fake),
-    ("ms_deform_attn_fused", _forward_fake),
-    ("ms_deform_attn_backward", _backward_fake),
-    ("ms_deform_attn_fused_backward", _fused_backward_fake),
-):
-    torch.library.register_fake(f"msdetr::{_name}", _fake, lib=_LIBRARY)
-
-torch.library.register_autograd(
-    "msdetr::ms_deform_attn", _backward_formula, setup_context=_save, lib=_LIBRARY
+register_op(
+    "ms_deform_attn(Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, "
+    "Tensor attention_weights) -> Tensor",
+    _forward,
+    fake=_forward_fake,
+    backward=_backward_formula,
+    save=_save,
+    autocast=(0,),
 )
-torch.library.register_autograd(
-    "msdetr::ms_deform_attn_fused", _fused_backward_formula, setup_context=_save, lib=_LIBRARY
+register_op(
+    "ms_deform_attn_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, "
+    "Tensor sampling_locations, Tensor attention_weights, bool need_value, bool need_points, "
+    "bool deterministic) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    fake=_backward_fake,
+    backward=no_second_derivative("the deformable attention kernel"),
 )
-for _name in ("ms_deform_attn_backward", "ms_deform_attn_fused_backward"):
-    torch.library.register_autograd(f"msdetr::{_name}", _no_second_derivative, lib=_LIBRARY)
+register_op(
+    "ms_deform_attn_fused(Tensor value, SymInt[] spatial_shapes, Tensor projection, "
+    "Tensor reference_points, Tensor? valid_sizes) -> Tensor",
+    _fused_forward,
+    fake=_forward_fake,
+    backward=_fused_backward_formula,
+    save=_save,
+    autocast=(0, 2),
+)
+register_op(
+    "ms_deform_attn_fused_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, "
+    "Tensor projection, Tensor reference_points, Tensor? valid_sizes, bool need_value, "
+    "bool need_projection, bool need_reference, bool deterministic) -> (Tensor, Tensor, Tensor)",
+    _fused_backward,
+    fake=_fused_backward_fake,
+    backward=no_second_derivative("the deformable attention kernel"),
+)

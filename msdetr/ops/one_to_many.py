@@ -1,32 +1,32 @@
 """One-to-many assignment: several queries per target (MS-DETR, section 3.3; after DETA).
 
-Every query goes to its best target if it scores well enough, every target keeps at least its best
-query, and each target then takes as many of its best queries as went to it, k at most.
+Each query votes for its best target if its score is high enough or if it is the best query of some
+target. Each target then takes as many of its best queries as voted for it, k at maximum.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from msdetr.ops.dispatch import Impl, register_kernel, resolve_impl
-from msdetr.ops.one_to_many_reference import WORST_SCORE, Pairs, find_pairs
+from msdetr.boxes import at_least_float32, cxcywh_to_xyxy, pairwise_iou
+from msdetr.ops.dispatch import Impl, resolve_impl
+from msdetr.ops.one_to_many_chunked import Pairs, find_pairs
+from msdetr.ops.registration import register_op
 from msdetr.structures import Targets
 
 _MAX_QUERIES = 16384  # A program of the kernel holds a row of scores.
 
-_LIBRARY = torch.library.Library("msdetr", "FRAGMENT")
-_LIBRARY.define(
-    "one_to_many(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor count, "
-    "Tensor priority, int k, float threshold, int limit, float cost_box, float cost_class, "
-    "str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+WORST_SCORE = -1.0
+"""Replaces scores that are not finite. It is lower than every score."""
 
 
 class OneToMany(NamedTuple):
-    """Pairs of targets and queries; a query may serve several targets."""
+    """Pairs of targets and queries; a query may be in pairs with several targets."""
 
     query_index: Tensor
     """[N, B, T, k] int64, best first; 0 where `mask` is False."""
@@ -35,10 +35,10 @@ class OneToMany(NamedTuple):
     score: Tensor
     """[N, B, T, k] score of the pair; -inf where `mask` is False."""
     best_target: Tensor
-    """[N, B, Q] int64, of each query's pairs the target of the highest score, the lowest of equals;
-    T where the query is in no pair."""
+    """[N, B, Q] int64, the target of each query's pair with the highest score, the lowest index of
+    equals; T if the query is in no pair."""
     best_class: Tensor
-    """[N, B, Q] int64, the class of that target, -1 where there is none."""
+    """[N, B, Q] int64, the class of that target, -1 if there is none."""
 
 
 def one_to_many(
@@ -50,28 +50,29 @@ def one_to_many(
     k: int,
     threshold: float,
     positive_fraction: float,
-    cost_box: float = 0.7,
-    cost_class: float = 0.3,
+    iou_weight: float = 0.7,
+    class_weight: float = 0.3,
     impl: Impl = "auto",
 ) -> OneToMany:
     """Assign queries to targets, for all layers and images at once.
 
-    The score of a pair is `cost_box * IoU + cost_class * probability of the target's class`. A
-    query is positive where its best score reaches `threshold`, or where it is the best query of
-    some target. Of the positives of an image, the `int(positive_fraction * Q)` of lowest priority
-    value are kept. A target with n kept queries takes the `min(n, k)` best of its whole score row:
-    not necessarily the kept ones. Ties go to the lowest index.
+    The score of a pair is `iou_weight * IoU + class_weight * probability of the target's class`. A
+    query is positive if its best score is at least `threshold`, or if it is the best query of some
+    target. Of the positives of an image, the `int(positive_fraction * Q)` with the lowest priority
+    values are kept. A target that is the best target of n kept queries takes the `min(n, k)` best
+    queries of its whole score row, which may differ from the kept ones. Ties go to the lowest
+    index.
 
     Args:
         logits: [N, B, Q, K]
         boxes: [N, B, Q, 4] cxcywh
         targets: T slots.
         priority: [N, B, Q] or [B, Q], random numbers in training.
-        k: most queries per target.
-        threshold: least score of a positive query.
-        positive_fraction: share of the queries that may be kept.
-        cost_box: weight of the IoU in the score.
-        cost_class: weight of the class probability in the score.
+        k: maximum number of queries per target.
+        threshold: minimum score of a positive query.
+        positive_fraction: maximum share of the queries that is kept.
+        iou_weight: weight of the IoU in the score.
+        class_weight: weight of the class probability in the score.
         impl: see `msdetr.ops.dispatch`.
 
     Returns:
@@ -86,7 +87,12 @@ def one_to_many(
         unsupported = "the kernel computes in float32, got float64 boxes"
     elif queries > _MAX_QUERIES:
         unsupported = f"the kernel takes up to {_MAX_QUERIES} queries, got {queries}"
-    found = torch.ops.msdetr.one_to_many(
+    implementations: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+        "reference": _reference,
+        "chunked": torch.ops.msdetr.one_to_many_chunked,
+        "triton": torch.ops.msdetr.one_to_many,
+    }
+    result = implementations[resolve_impl("one_to_many", impl, boxes.device, unsupported)](
         logits.detach(),
         boxes.detach(),
         *targets,
@@ -94,28 +100,13 @@ def one_to_many(
         min(k, queries),
         threshold,
         int(positive_fraction * queries),
-        cost_box,
-        cost_class,
-        resolve_impl("one_to_many", impl, boxes.device, unsupported),
+        iou_weight,
+        class_weight,
     )
-    return OneToMany(*found)
+    return OneToMany(*result)
 
 
-def _best_of_queries(pairs: Pairs, targets: Targets, num_queries: int) -> tuple[Tensor, Tensor]:
-    """`best_target` and `best_class` of `OneToMany`."""
-    num_layers, batch, slots, _ = pairs.query_index.shape
-    query, score = pairs.query_index.flatten(2), pairs.score.flatten(2)
-    best = score.new_full((num_layers, batch, num_queries), float("-inf"))
-    best.scatter_reduce_(2, query, score, "amax")
-    wins = (score > float("-inf")) & (score == best.gather(2, query))
-    slot = torch.arange(slots, device=score.device)[:, None].expand_as(pairs.query_index)
-    target = query.new_full(best.shape, slots)
-    target.scatter_reduce_(2, query, torch.where(wins, slot.flatten(2), slots), "amin")
-    labels = torch.cat((targets.labels, targets.labels.new_full((batch, 1), -1)), dim=1)
-    return target, labels.expand(num_layers, -1, -1).gather(2, target)
-
-
-def _assign(
+def _reference(
     logits: Tensor,
     boxes: Tensor,
     labels: Tensor,
@@ -125,40 +116,77 @@ def _assign(
     k: int,
     threshold: float,
     limit: int,
-    cost_box: float,
-    cost_class: float,
-    impl: str,
+    iou_weight: float,
+    class_weight: float,
+) -> OneToMany:
+    """`limit` is the maximum number of positives of an image."""
+    targets = Targets(labels, target_boxes, count)
+    boxes = at_least_float32(boxes)
+    corners = cxcywh_to_xyxy(target_boxes.to(boxes.dtype))
+    iou = pairwise_iou(corners, cxcywh_to_xyxy(boxes))  # [N, B, T, Q]
+    index = labels[None, :, None].expand(*logits.shape[:3], -1)
+    probability = at_least_float32(logits.gather(3, index)).sigmoid().transpose(2, 3)
+    score = iou_weight * iou + class_weight * probability
+    score = score.nan_to_num(WORST_SCORE, WORST_SCORE, WORST_SCORE)
+    score = score.masked_fill(~targets.mask[..., None], -math.inf)
+    ranked_score, ranked_query = score.sort(dim=3, descending=True, stable=True)
+    top_score, top_query = ranked_score[..., :k], ranked_query[..., :k]
+    kept_count = torch.zeros_like(score[..., 0], dtype=torch.int64)
+    if score.numel():
+        best_score, best_target = score.max(dim=2)  # [N, B, Q]
+        # The best query of an empty slot is arbitrary: it does not become positive.
+        is_target = targets.mask.long().expand_as(kept_count)
+        is_best = torch.zeros_like(best_target).scatter_add(2, ranked_query[..., 0], is_target)
+        positive = (best_score >= threshold) | (is_best > 0)
+        order = torch.where(positive, priority, math.inf).argsort(dim=2, stable=True)
+        kept = positive & (order.argsort(dim=2) < limit)
+        kept_count = kept_count.scatter_add(2, best_target, kept.long()) * is_target
+    mask = torch.arange(k, device=score.device) < kept_count[..., None]
+    pairs = Pairs(top_query.where(mask, 0), mask, top_score.where(mask, -math.inf))
+    return OneToMany(*pairs, *_best_of_queries(pairs, labels, logits.shape[2]))
+
+
+def _best_of_queries(pairs: Pairs, labels: Tensor, num_queries: int) -> tuple[Tensor, Tensor]:
+    """`best_target` and `best_class` of `OneToMany`."""
+    num_layers, batch, slots, _ = pairs.query_index.shape
+    query, score = pairs.query_index.flatten(2), pairs.score.flatten(2)
+    best = score.new_full((num_layers, batch, num_queries), -math.inf)
+    best.scatter_reduce_(2, query, score, "amax")
+    wins = (score > -math.inf) & (score == best.gather(2, query))
+    slot = torch.arange(slots, device=score.device)[:, None].expand_as(pairs.query_index)
+    target = query.new_full(best.shape, slots)
+    target.scatter_reduce_(2, query, torch.where(wins, slot.flatten(2), slots), "amin")
+    labels = torch.cat((labels, labels.new_full((batch, 1), -1)), dim=1)
+    return target, labels.expand(num_layers, -1, -1).gather(2, target)
+
+
+def _chunked(
+    logits: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    target_boxes: Tensor,
+    count: Tensor,
+    priority: Tensor,
+    *options: Any,
+) -> OneToMany:
+    targets = Targets(labels, target_boxes, count)
+    pairs = find_pairs(logits, boxes, targets, priority, WORST_SCORE, *options)
+    return OneToMany(*pairs, *_best_of_queries(pairs, labels, logits.shape[2]))
+
+
+def _kernel(
+    logits: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    target_boxes: Tensor,
+    count: Tensor,
+    priority: Tensor,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if impl == "reference":
-        targets = Targets(labels, target_boxes, count)
-        pairs = find_pairs(
-            logits,
-            boxes,
-            targets,
-            priority,
-            k=k,
-            threshold=threshold,
-            limit=limit,
-            cost_box=cost_box,
-            cost_class=cost_class,
-        )
-        return *pairs, *_best_of_queries(pairs, targets, logits.shape[2])
     from msdetr.kernels import one_to_many as kernel
 
-    return kernel.one_to_many(
-        logits,
-        boxes,
-        labels.contiguous(),
-        target_boxes.contiguous(),
-        count.contiguous(),
-        priority,
-        k=k,
-        threshold=threshold,
-        limit=limit,
-        cost_box=cost_box,
-        cost_class=cost_class,
-        worst=WORST_SCORE,
-    )
+    targets = (labels.contiguous(), target_boxes.contiguous(), count.contiguous())
+    return kernel.one_to_many(logits, boxes, *targets, priority, WORST_SCORE, *options)
 
 
 def _fake(
@@ -175,7 +203,11 @@ def _fake(
     )
 
 
-# An operator for either implementation: compiled code takes the reference as it is, too. Its many
-# small operations on a CPU are slower where they are compiled, and take long to compile.
-register_kernel(_LIBRARY, "one_to_many", _assign)
-torch.library.register_fake("msdetr::one_to_many", _fake, lib=_LIBRARY)
+_SCHEMA = (
+    "(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor count, "
+    "Tensor priority, int k, float threshold, int limit, float iou_weight, float class_weight) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+register_op(f"one_to_many{_SCHEMA}", _kernel, fake=_fake)
+# Compiled, its many small operations would be slower, and would take long to compile.
+register_op(f"one_to_many_chunked{_SCHEMA}", _chunked, fake=_fake, devices=("CPU",))

@@ -125,8 +125,8 @@ class OneToMany:
             k=self.k,
             threshold=self.threshold,
             positive_fraction=self.positive_fraction,
-            cost_box=self.iou_weight,
-            cost_class=self.class_weight,
+            iou_weight=self.iou_weight,
+            class_weight=self.class_weight,
             impl=context.impl,
         )
         if self.merge_with is None:

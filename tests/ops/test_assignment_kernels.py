@@ -1,5 +1,5 @@
 """The kernels of assignment against their references: matching cost, linear assignment (SciPy) and
-one-to-many. On a GPU where there is one, else in Triton's interpreter.
+one-to-many. On a GPU if there is one, otherwise in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ops.test_one_to_many import tied_scene
 from scenes import Scene, match, padded_targets, random_scene, with_garbage_padding
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -35,7 +36,7 @@ FEW = settings(
 
 @pytest.fixture(autouse=True)
 def _poisoned(kernel_device: torch.device) -> Iterator[None]:
-    """Fill what is uninitialised with NaN and large numbers."""
+    """Fill uninitialised memory with NaN and large numbers."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(1, device=kernel_device).isnan().all()
     yield
@@ -50,7 +51,7 @@ def moved(scene: Scene, device: torch.device) -> Scene:
 class TestMatchingCost:
     def check(self, scene: Scene, device: torch.device, **costs: float) -> Tensor:
         """Compare with float64, in the slots that hold targets."""
-        found = matching_cost(*moved(scene, device), **costs, impl="triton").cpu()
+        result = matching_cost(*moved(scene, device), **costs, impl="triton").cpu()
         exact = matching_cost(
             scene.logits.double(),
             scene.boxes.double(),
@@ -58,11 +59,13 @@ class TestMatchingCost:
             **costs,
         )
         filled = scene.targets.mask[:, None].expand_as(exact[0])
-        assert found.dtype == torch.float32
-        assert found.shape == exact.shape
-        assert found.isfinite().all()
-        torch.testing.assert_close(found[:, filled], exact[:, filled].float(), rtol=2e-5, atol=2e-5)
-        return found
+        assert result.dtype == torch.float32
+        assert result.shape == exact.shape
+        assert result.isfinite().all()
+        torch.testing.assert_close(
+            result[:, filled], exact[:, filled].float(), rtol=2e-5, atol=2e-5
+        )
+        return result
 
     @pytest.mark.parametrize(
         "change",
@@ -88,11 +91,11 @@ class TestMatchingCost:
     def test_always_finite(self, kernel_device, bad, place):
         scene = random_scene((3, 2), empty_slots=0)
         getattr(scene, place)[:, :, 5] = bad
-        found = matching_cost(*moved(scene, kernel_device), **COSTS, impl="triton").cpu()
-        assert found.isfinite().all()
+        result = matching_cost(*moved(scene, kernel_device), **COSTS, impl="triton").cpu()
+        assert result.isfinite().all()
         if place == "boxes" or bad != bad:
             filled = scene.targets.mask[None].expand(2, -1, -1)
-            assert (found[:, :, 5][filled] >= WORST_COST).all()
+            assert (result[:, :, 5][filled] >= WORST_COST).all()
 
     def test_degenerate_boxes(self, kernel_device):
         scene = random_scene((3, 2))
@@ -131,7 +134,7 @@ class TestMatchingCost:
 
 
 def check_assignment(cost: Tensor, count: Tensor, device: torch.device, *, unique: bool) -> None:
-    """The kernel's result is an assignment of SciPy's cost; the very pairs if they are unique."""
+    """The kernel's assignment has the cost of SciPy's, and the same pairs if they are unique."""
     query_index, matched = (
         x.cpu() for x in linear_assignment(cost.to(device), count.to(device), impl="triton")
     )
@@ -191,7 +194,7 @@ class TestLinearAssignment:
         check_assignment(cost, torch.tensor(count), kernel_device, unique=True)
 
     def test_rivals_for_the_same_queries(self, kernel_device):
-        """All targets rank the queries alike: every search passes all that came before."""
+        """All targets rank the queries equally: every search passes all earlier columns."""
         cost = torch.arange(24.0)[:, None] * torch.linspace(1.0, 2.0, 20)[None]
         cost = cost + 0.01 * torch.rand(2, 24, 20)
         check_assignment(cost, torch.tensor([20, 11]), kernel_device, unique=True)
@@ -204,9 +207,9 @@ class TestLinearAssignment:
         count = torch.tensor([slots, min(slots, 2)])
         arguments = cost, count, labels if has_labels else None
         on_device = [x if x is None else x.to(kernel_device) for x in arguments]
-        found = linear_assignment_of_layers(*on_device, impl="triton")
+        result = linear_assignment_of_layers(*on_device, impl="triton")
         expected = linear_assignment_of_layers(*arguments, impl="reference")
-        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(result, expected, strict=True))
         query_index, mask, target_class = expected
         for layer, image, target in mask.nonzero().tolist():
             query = query_index[layer, image, target]
@@ -215,14 +218,14 @@ class TestLinearAssignment:
         assert (target_class >= 0).sum() == mask.sum()
 
     def test_cheapest_queries_that_are_contested(self, kernel_device):
-        """Some targets have their cheapest query at once, some search for longer."""
+        """Some targets get their cheapest query directly, others need a search."""
         cost = torch.rand(4, 40, 16)
-        cost[:, :3] -= 1.0  # three queries that all want
+        cost[:, :3] -= 1.0  # three queries that are cheapest for all targets
         cost[2:] = cost[2:].round(decimals=1)
         check_assignment(cost[:2], torch.tensor([16, 9]), kernel_device, unique=True)
         check_assignment(cost[2:], torch.tensor([16, 9]), kernel_device, unique=False)
 
-    @pytest.mark.skipif(torch.cuda.is_available(), reason="counts what is interpreted")
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="counts interpreted calls")
     @pytest.mark.parametrize(("contested", "searches"), [(0, 0), (1, 1), (3, 3)])
     def test_only_contested_targets_search(self, kernel_device, monkeypatch, contested, searches):
         from msdetr.kernels import linear_assignment as kernel
@@ -247,7 +250,7 @@ class TestLinearAssignment:
         check_assignment(cost, torch.tensor([6, 4]), kernel_device, unique=False)
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-    def test_costs_that_are_not_finite_come_to_an_end(self, kernel_device, bad):
+    def test_costs_that_are_not_finite_terminate(self, kernel_device, bad):
         cost = torch.randn(2, 5, 3)
         cost[0] = bad
         cost[1, 2] = bad
@@ -273,8 +276,8 @@ class TestLinearAssignment:
         expected = linear_assignment(cost, count, impl="reference")
         cost[1, :, 2:] = -1e9
         cost[2] = float("nan")
-        found = linear_assignment(cost.to(kernel_device), count.to(kernel_device), impl="triton")
-        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
+        result = linear_assignment(cost.to(kernel_device), count.to(kernel_device), impl="triton")
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(result, expected, strict=True))
 
     @pytest.mark.gpu
     def test_thousands_of_problems(self, kernel_device):
@@ -294,31 +297,14 @@ def pairs_of(impl: str, scene: Scene, priority: Tensor, device: torch.device, **
 
 
 def check_pairs(scene: Scene, priority: Tensor, device: torch.device, **options: Any) -> OneToMany:
-    found = pairs_of("triton", scene, priority, device, **options)
+    result = pairs_of("triton", scene, priority, device, **options)
     expected = pairs_of("reference", scene, priority, torch.device("cpu"), **options)
-    assert torch.equal(found.mask, expected.mask)
-    assert torch.equal(found.query_index, expected.query_index)
-    assert torch.equal(found.best_target, expected.best_target)
-    assert torch.equal(found.best_class, expected.best_class)
-    torch.testing.assert_close(found.score, expected.score, rtol=1e-6, atol=1e-6)
-    return found
-
-
-def tied_scene(seed: int, counts: tuple[int, ...], queries: int) -> Scene:
-    """Few different boxes and logits, whose scores are equal bit for bit where they are equal."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def choose(values: list, *shape: int) -> Tensor:
-        return torch.tensor(values)[torch.randint(len(values), shape, generator=generator)]
-
-    boxes = [[0.25, 0.25, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0], [0.5, 0.25, 0.5, 0.5], [0.75] * 4]
-    targets = padded_targets(
-        [choose([0, 1], count) for count in counts],
-        [choose(boxes[:3], count) for count in counts],
-        slots=max(counts) + 1,
-    )
-    logits = choose([-1e4, 0.0, 0.0, 1e4], 2, len(counts), queries, 2)
-    return Scene(logits, choose(boxes, 2, len(counts), queries), targets)
+    assert torch.equal(result.mask, expected.mask)
+    assert torch.equal(result.query_index, expected.query_index)
+    assert torch.equal(result.best_target, expected.best_target)
+    assert torch.equal(result.best_class, expected.best_class)
+    torch.testing.assert_close(result.score, expected.score, rtol=1e-6, atol=1e-6)
+    return result
 
 
 class TestOneToOne:
@@ -327,9 +313,9 @@ class TestOneToOne:
     def test_equals_the_reference(self, kernel_device, counts, class_agnostic):
         scene = random_scene(counts)
         matcher = OneToOne(**COSTS, class_agnostic=class_agnostic)
-        found = match(matcher, moved(scene, kernel_device), impl="triton")
+        result = match(matcher, moved(scene, kernel_device), impl="triton")
         expected = match(matcher, scene, impl="reference")
-        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(result, expected, strict=True))
 
 
 class TestOneToMany:
@@ -354,7 +340,7 @@ class TestOneToMany:
         positive_fraction,
         equal_priorities,
     ):
-        scene = tied_scene(seed, tuple(counts), queries)
+        scene = tied_scene(seed, tuple(counts), queries, torch.float32)
         priority = torch.rand(2, len(counts), queries)
         if equal_priorities:
             priority = (priority * 2).round() - 1  # negative ones, zeros of both signs
@@ -377,11 +363,11 @@ class TestOneToMany:
     def test_random_scenes(self, kernel_device, counts, queries, options):
         scene = random_scene(counts, queries=queries)
         priority = torch.rand(len(counts), queries)
-        found = check_pairs(scene, priority, kernel_device, **OPTIONS | options)
-        assert found.mask.any()
+        result = check_pairs(scene, priority, kernel_device, **OPTIONS | options)
+        assert result.mask.any()
 
     def test_iou_at_the_threshold(self, kernel_device):
-        """A score that reaches the threshold exactly is positive, one below it by a bit is not."""
+        """A score equal to the threshold is positive, a score one bit below it is not."""
         box = torch.tensor([0.5, 0.5, 0.25, 0.25])
         targets = padded_targets([torch.tensor([0])], [box[None]], slots=2)
         scene = Scene(torch.zeros(1, 1, 3, 1), box.expand(1, 1, 3, 4), targets)
@@ -408,8 +394,8 @@ class TestOneToMany:
         priority = torch.rand(2, 3, 12)
         garbage = scene._replace(targets=with_garbage_padding(scene.targets, 3, value))
         expected = check_pairs(scene, priority, kernel_device, **OPTIONS)
-        found = check_pairs(garbage, priority, kernel_device, **OPTIONS)
-        assert all(map(torch.equal, found, expected))
+        result = check_pairs(garbage, priority, kernel_device, **OPTIONS)
+        assert all(map(torch.equal, result, expected))
 
     def test_nothing(self, kernel_device):
         check_pairs(random_scene((0, 0)), torch.rand(2, 12), kernel_device, **OPTIONS)
@@ -433,7 +419,7 @@ class TestOneToMany:
         for dtype in (torch.float16, torch.float32, torch.float64):
             check_pairs(scene, priority.half().to(dtype), kernel_device, **options)
 
-    def test_what_the_kernel_does_not_serve_is_refused(self, kernel_device):
+    def test_unsupported_arguments_are_refused(self, kernel_device):
         scene = random_scene((3, 2), dtype=torch.float64)
         with pytest.raises(NotImplementedError, match="float64 boxes"):
             pairs_of("triton", scene, torch.rand(2, 12), kernel_device, **OPTIONS)
@@ -446,28 +432,25 @@ class TestOneToMany:
             check_pairs(scene, torch.rand(2, queries), kernel_device, **options)
 
 
-@pytest.mark.parametrize("op", ["matching_cost", "linear_assignment", "one_to_many"])
+@pytest.mark.parametrize(
+    "op",
+    [
+        "matching_cost",
+        "linear_assignment",
+        "linear_assignment_scipy",
+        "one_to_many",
+        "one_to_many_chunked",
+    ],
+)
 def test_opcheck(kernel_device, op):
-    scene = moved(random_scene((3, 2), queries=6), kernel_device)
-    arguments = {
-        "matching_cost": (scene.logits, scene.boxes, *scene.targets, 2.0, 5.0, 2.0),
-        "linear_assignment": (
-            torch.rand(2, 2, 6, 5, device=kernel_device),
-            scene.targets.count,
-            scene.targets.labels,
-            "triton",
-        ),
-        "one_to_many": (
-            scene.logits,
-            scene.boxes,
-            *scene.targets,
-            torch.rand(2, 6, device=kernel_device),
-            3,
-            0.4,
-            3,
-            0.7,
-            0.3,
-            "triton",
-        ),
-    }
-    torch.library.opcheck(getattr(torch.ops.msdetr, op).default, arguments[op])
+    device = torch.device("cpu") if op.endswith("_chunked") else kernel_device
+    logits, boxes, targets = moved(random_scene((3, 2), queries=6), device)
+    if op == "matching_cost":
+        arguments = (logits, boxes, *targets, 2.0, 5.0, 2.0)
+    elif op.startswith("linear_assignment"):
+        cost = torch.rand(2, 2, 6, 5, device=device)
+        arguments = (cost, targets.count, targets.labels)
+    else:
+        priority = torch.rand(2, 6, device=device)
+        arguments = (logits, boxes, *targets, priority, 3, 0.4, 3, 0.7, 0.3)
+    torch.library.opcheck(getattr(torch.ops.msdetr, op).default, arguments)

@@ -1,4 +1,4 @@
-"""An implementation that is asked for runs or is refused."""
+"""A requested implementation runs or is refused."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ every_op = pytest.mark.parametrize(
 
 @every_op
 @pytest.mark.parametrize("impl", ["auto", "reference"])
-def test_reference_runs(op, impl):
+def test_auto_and_reference_run(op, impl):
     call(op, impl)
 
 
@@ -64,37 +64,45 @@ def test_unknown_implementations_are_refused(op, impl):
 
 
 @every_op
-def test_a_kernel_that_does_not_exist_is_refused_and_not_replaced(op, monkeypatch):
+def test_missing_kernels_are_refused(op, monkeypatch):
     monkeypatch.setattr(dispatch, "_KERNELS", frozenset())
     with pytest.raises(NotImplementedError, match=f"{op} has no Triton kernel"):
         call(op, "triton")
     assert resolve_impl(op, "auto") == "reference"
 
 
-class TestOpWithAKernel:
+class TestResolve:
     @pytest.fixture(autouse=True)
     def _one_kernel(self, monkeypatch):
         monkeypatch.setattr(dispatch, "_KERNELS", frozenset({"op"}))
         monkeypatch.setattr(dispatch, "_HAS_TRITON", True)
         monkeypatch.setattr(dispatch, "_INTERPRETED", False)
 
-    def test_explicit_requests_are_obeyed(self):
-        assert resolve_impl("op", "triton", torch.device("cuda")) == "triton"
-        assert resolve_impl("op", "reference", torch.device("cuda")) == "reference"
+    @pytest.mark.parametrize(
+        ("impl", "device", "unsupported", "expected"),
+        [
+            ("triton", "cuda", None, "triton"),
+            ("reference", "cuda", None, "reference"),
+            ("auto", "cuda", None, "triton"),
+            ("auto", "cuda", "too wide", "reference"),
+            ("auto", "cpu", None, "reference"),
+        ],
+    )
+    def test_requests(self, impl, device, unsupported, expected):
+        assert resolve_impl("op", impl, torch.device(device), unsupported) == expected
 
-    def test_auto_takes_the_kernel_on_a_gpu_only(self):
-        assert resolve_impl("op", "auto", torch.device("cuda")) == "triton"
-        assert resolve_impl("op", "auto", torch.device("cpu")) == "reference"
-
-    def test_auto_takes_the_reference_for_what_the_kernel_does_not_serve(self):
+    def test_auto_takes_the_chunked_implementation_on_a_cpu_only(self, monkeypatch):
+        monkeypatch.setattr(dispatch, "_CHUNKED", frozenset({"op"}))
+        assert resolve_impl("op", "auto", torch.device("cpu")) == "chunked"
+        assert resolve_impl("op", "reference", torch.device("cpu")) == "reference"
         assert resolve_impl("op", "auto", torch.device("cuda"), "too wide") == "reference"
 
-    def test_the_interpreter_runs_kernels_on_the_cpu_where_asked(self, monkeypatch):
+    def test_the_interpreter_runs_kernels_on_the_cpu_on_request_only(self, monkeypatch):
         monkeypatch.setattr(dispatch, "_INTERPRETED", True)
         assert resolve_impl("op", "triton", torch.device("cpu")) == "triton"
         assert resolve_impl("op", "auto", torch.device("cpu")) == "reference"
 
-    def test_a_request_that_cannot_be_served_says_why(self, monkeypatch):
+    def test_refusals_give_the_reason(self, monkeypatch):
         with pytest.raises(NotImplementedError, match="op: too wide"):
             resolve_impl("op", "triton", torch.device("cuda"), "too wide")
         with pytest.raises(NotImplementedError, match=r"needs a CUDA device .* got cpu"):
@@ -111,6 +119,6 @@ def test_kernels_run_where_their_arguments_are():
     locations = torch.rand(1, 3, 1, 1, 1, 2, device="cuda:1")
     weights = torch.rand(1, 3, 1, 1, 1, device="cuda:1")
     with torch.cuda.device(0):
-        found = ms_deform_attn(value, ((2, 2),), locations, weights, impl="triton")
+        result = ms_deform_attn(value, ((2, 2),), locations, weights, impl="triton")
         expected = ms_deform_attn(value, ((2, 2),), locations, weights, impl="reference")
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(result, expected)

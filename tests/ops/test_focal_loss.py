@@ -1,9 +1,6 @@
-"""The focal loss against torchvision's on one-hot targets, and its kernels against float64: on a
-GPU where there is one, else in Triton's interpreter, whose launches cost hundredths of a second.
+"""The focal loss against torchvision's on one-hot targets, and its kernels against float64.
 
-"As accurate as the reference" means: the error against float64 is at most the largest error of the
-reference in the same types, plus one unit in the last place of the result's type, plus ROUNDING
-units of float32 at the size of the tensor's largest element.
+On a GPU if there is one, otherwise in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -15,9 +12,10 @@ import torch
 import torchvision
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ops.accuracy import PoisonedMemory, assert_as_accurate
 from torch import Tensor
 
-from msdetr.ops import focal_loss_library
+from msdetr.ops import focal_loss as focal_loss_module
 from msdetr.ops.focal_loss import focal_loss
 
 FOCAL = {"alpha": 0.25, "gamma": 2.0}
@@ -71,40 +69,19 @@ def random_call(
     return Call(logits, target_class, torch.randn(shape[0], device=device), alpha, gamma)
 
 
-def assert_as_accurate(found: list[Tensor], reference: list[Tensor], exact: list[Tensor]) -> None:
-    for mine, theirs, truth in zip(found, reference, exact, strict=True):
-        assert mine.dtype == theirs.dtype
-        assert mine.shape == theirs.shape
-        if not mine.numel():
-            continue
-        allowed = (theirs.double() - truth).abs().amax()
-        allowed = allowed + torch.finfo(mine.dtype).eps * truth.abs()
-        allowed = allowed + ROUNDING * torch.finfo(torch.float32).eps * truth.abs().amax()
-        error = (mine.double() - truth).abs()
-        assert (error <= allowed).all(), f"{(error / allowed).max().item():.2f} x what is allowed"
-
-
 def check(call: Call) -> list[Tensor]:
-    """Compare both results of the kernels with the reference; return them."""
-    found = call.run("triton")
-    assert_as_accurate(found, call.run("reference"), call.run("reference", torch.float64))
-    return found
+    """Compare both results of the kernels with the reference, and return them."""
+    result = call.run("triton")
+    assert_as_accurate(
+        result, call.run("reference"), call.run("reference", torch.float64), rounding=ROUNDING
+    )
+    return result
 
 
 class TestReference:
-    @pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.6, 1.5), (0.25, 0.0), (1.0, 2.0)])
-    def test_equals_torchvision(self, alpha, gamma):
-        logits = 3 * torch.randn(2, 3, 10, 4, dtype=torch.float64)
-        target_class = torch.randint(-1, 4, (2, 3, 10))
-        expected = torchvision.ops.sigmoid_focal_loss(
-            logits, one_hot(target_class, 4, logits.dtype), alpha, gamma
-        )
-        found = focal_loss(logits, target_class, alpha=alpha, gamma=gamma)
-        torch.testing.assert_close(found, expected.sum((1, 2, 3)))
-
     @pytest.mark.parametrize("gamma", GAMMAS)
     def test_derivatives(self, gamma):
-        """Twice differentiable, as its gradient is written by hand."""
+        """First and second derivatives: the gradient is written by hand."""
         logits = torch.randn(2, 1, 5, 3, dtype=torch.float64, requires_grad=True)
         target_class = torch.tensor([-1, 0, 2, 1, 3]).expand(2, 1, 5)
 
@@ -115,7 +92,7 @@ class TestReference:
         assert torch.autograd.gradgradcheck(loss, [logits])
 
     def test_infinite_logits(self):
-        """Right ones cost nothing; wrong ones everything, and of nothing else."""
+        """The loss of a correct infinite logit is 0, that of a wrong one infinite."""
         logits = torch.tensor([[[[INF, -INF, 0.0]]], [[[INF, INF, 0.0]]]])
         loss = focal_loss(logits, torch.zeros(2, 1, 1, dtype=torch.int64), **FOCAL)
         torch.testing.assert_close(loss, torch.tensor([0.75 * 0.25 * 0.6931472, INF]))
@@ -151,7 +128,7 @@ class TestBothImplementations:
     @pytest.mark.parametrize("size", [1e2, 1e4, 1e6])
     @pytest.mark.parametrize("gamma", [2.0, 1.5])
     def test_huge_logits_are_finite(self, kernel_device, impl, size, gamma):
-        """Right ones cost nothing, wrong ones their distance."""
+        """The loss of a correct huge logit is 0, that of a wrong one its magnitude."""
         target_class = torch.zeros(1, 1, 1, dtype=torch.int64, device=kernel_device)
         for sign in (1, -1):
             logits = sign * torch.tensor([[[[size, -size]]]], device=kernel_device)
@@ -160,10 +137,10 @@ class TestBothImplementations:
             expected = 0.0 if sign > 0 else 0.25 * size + 0.75 * size
             assert loss.item() == pytest.approx(expected, rel=1e-6, abs=1e-6)
             loss.sum().backward()
-            slopes = [0.0, 0.0] if sign > 0 else [-0.25, 0.75]
-            assert logits.grad.flatten().tolist() == pytest.approx(slopes, rel=1e-6, abs=1e-6)
+            expected = [0.0, 0.0] if sign > 0 else [-0.25, 0.75]
+            assert logits.grad.flatten().tolist() == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
-    def test_nan_stays_in_its_layer_and_its_gradient(self, kernel_device, impl):
+    def test_nan_affects_only_its_layer_and_its_gradient(self, kernel_device, impl):
         call = random_call(kernel_device, (3, 2, 5, 4))
         expected = call.run(impl)
         call.logits[1, 0, 2, 3] = NAN
@@ -207,16 +184,16 @@ class TestBothImplementations:
         loss, gradient = call.run(impl)
         for layer in range(3):
             one = slice(layer, layer + 1)
-            part = replace(
+            single = replace(
                 call,
                 logits=call.logits[one],
                 target_class=call.target_class[one],
                 grad_output=call.grad_output[one],
             )
-            for mine, expected in zip(part.run(impl), (loss, gradient), strict=True):
+            for mine, expected in zip(single.run(impl), (loss, gradient), strict=True):
                 torch.testing.assert_close(mine, expected[one])
 
-    def test_nothing_but_the_arguments_is_kept(self, kernel_device, impl):
+    def test_only_the_arguments_are_kept(self, kernel_device, impl):
         call = random_call(kernel_device)
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(
@@ -231,8 +208,8 @@ class TestBothImplementations:
         call = random_call(kernel_device)
         expected = call.run(impl)
         with torch.autocast(kernel_device.type, dtype=torch.bfloat16):
-            found = call.run(impl)
-        assert all(map(torch.equal, found, expected))
+            result = call.run(impl)
+        assert all(map(torch.equal, result, expected))
 
     def test_compiles_in_one_graph(self, kernel_device, impl):
         torch._dynamo.reset()
@@ -279,7 +256,7 @@ class TestKernel:
         assert all(x.isfinite().all() for x in check(call))
 
     def test_small_losses_are_relatively_exact(self, kernel_device):
-        """Each logit alone in its layer, so that no larger one hides its error."""
+        """Each logit is alone in its layer, so that no larger one hides its error."""
         logits = torch.linspace(-12, 4, 17, device=kernel_device).view(17, 1, 1, 1)
         target_class = torch.full((17, 1, 1), -1, device=kernel_device)
         call = Call(logits, target_class, torch.ones(17, device=kernel_device))
@@ -289,7 +266,7 @@ class TestKernel:
 
     @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
     @pytest.mark.parametrize("gamma", [0.0, 1.5, 2.0])
-    def test_what_is_not_finite_equals_the_reference(self, kernel_device, gamma):
+    def test_values_that_are_not_finite_equal_the_reference(self, kernel_device, gamma):
         logits = torch.tensor([INF, -INF, NAN, 1.0], device=kernel_device)
         logits = logits.view(4, 1, 1, 1).repeat(2, 1, 1, 1)  # a layer for each
         target_class = torch.tensor([0, -1], device=kernel_device)
@@ -324,17 +301,14 @@ class TestKernel:
     @pytest.mark.parametrize("shape", [(2, 2, 14, 91), (3, 1, 13, 1), (2, 1, 16, 80)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_every_element_is_written(self, kernel_device, shape, dtype):
-        # Here, as that module is skipped without Triton.
-        from ops.test_ms_deform_attn_kernel import PoisonedMemory
-
         call = random_call(kernel_device, shape, dtype=dtype)
         arguments = (call.logits, call.target_class, call.alpha, call.gamma)
         with PoisonedMemory():
-            found = (
-                focal_loss_library._forward(*arguments),
-                focal_loss_library._backward(call.grad_output, *arguments),
+            result = (
+                focal_loss_module._forward(*arguments),
+                focal_loss_module._backward(call.grad_output, *arguments),
             )
-        for mine, expected in zip(found, call.run("triton"), strict=True):
+        for mine, expected in zip(result, call.run("triton"), strict=True):
             assert torch.equal(mine, expected)
 
     def test_results_repeat(self, kernel_device):
@@ -349,7 +323,7 @@ class TestKernel:
     )
     @given(data=st.data())
     def test_random_sizes(self, kernel_device, data):
-        shape = tuple(data.draw(st.integers(1, most)) for most in (3, 3, 9, 20))
+        shape = tuple(data.draw(st.integers(1, maximum)) for maximum in (3, 3, 9, 20))
         call = random_call(
             kernel_device,
             shape,
@@ -390,8 +364,8 @@ class TestOperator:
         call = random_call(kernel_device)
         program = torch.export.export(Loss(), (call.logits, call.target_class))
         assert "msdetr.focal_loss" in str(program.graph)
-        found = program.module()(call.logits, call.target_class)
-        assert torch.equal(found, call.run("triton")[0])
+        result = program.module()(call.logits, call.target_class)
+        assert torch.equal(result, call.run("triton")[0])
 
 
 class TestArguments:
@@ -453,11 +427,11 @@ class TestGpu:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            found = step()
+            result = step()
         call.logits.normal_()
         logits.detach().copy_(call.logits)
         graph.replay()
-        assert all(map(torch.equal, found, call.run("triton")))
+        assert all(map(torch.equal, result, call.run("triton")))
 
     def test_nothing_waits_for_the_device(self, kernel_device):
         call = random_call(kernel_device)
@@ -487,7 +461,7 @@ class TestGpu:
         expected = queries * classes * 0.75 * 0.25 * 0.6931472
         assert loss.item() == pytest.approx(expected, rel=1e-4)
         loss.sum().backward()
-        tail = focal_loss_library._backward(
+        tail = focal_loss_module._backward(
             torch.ones(1, device=kernel_device),
             logits.detach()[..., -9:, :],
             target_class[..., -9:],

@@ -12,12 +12,11 @@ from torch import Tensor
 from msdetr.ops.linear_assignment import linear_assignment
 
 
-def least_cost(cost: Tensor) -> float:
-    """Of all ways to give the targets (columns), or as many as there are queries, queries of their
-    own."""
+def minimum_cost(cost: Tensor) -> float:
+    """Minimum over all assignments of different queries to the targets (columns), by trial."""
     queries, targets = cost.shape
     if targets > queries:
-        return least_cost(cost.T)
+        return minimum_cost(cost.T)
     return min(
         sum(cost[query, target].item() for target, query in enumerate(chosen))
         for chosen in permutations(range(queries), targets)
@@ -25,7 +24,7 @@ def least_cost(cost: Tensor) -> float:
 
 
 def check(cost: Tensor, count: Tensor) -> None:
-    """The result is an assignment, and has least cost."""
+    """The result is an assignment of minimum cost."""
     query_index, matched = linear_assignment(cost, count)
     problems, queries, slots = cost.shape
     assert query_index.shape == matched.shape == (problems, slots)
@@ -39,7 +38,7 @@ def check(cost: Tensor, count: Tensor) -> None:
         chosen = query_index[problem, mine]
         assert len(chosen.unique()) == len(chosen)
         total = cost[problem, chosen, mine.nonzero()[:, 0]].sum().item()
-        assert total == pytest.approx(least_cost(cost[problem, :, :targets]))
+        assert total == pytest.approx(minimum_cost(cost[problem, :, :targets]))
 
 
 @pytest.mark.parametrize(
@@ -54,7 +53,7 @@ def check(cost: Tensor, count: Tensor) -> None:
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_least_cost(queries, slots, count, dtype):
+def test_minimum_cost(queries, slots, count, dtype):
     cost = torch.randn(len(count), queries, slots, dtype=dtype)
     check(cost, torch.tensor(count))
 
@@ -80,13 +79,13 @@ def test_empty_slots_do_not_matter():
     assert all(map(torch.equal, result, linear_assignment(cost, count)))
 
 
-def test_pairs_are_scipy_s():
+def test_pairs_equal_those_of_scipy():
     cost, count = torch.rand(4, 50, 20), torch.tensor([20, 13, 1, 0])
     query_index, matched = linear_assignment(cost, count)
     for problem, targets in enumerate(count.tolist()):
         rows, columns = linear_sum_assignment(cost[problem, :, :targets].numpy())
-        found = [(query_index[problem, target].item(), target) for target in range(targets)]
-        assert sorted(found) == sorted(zip(rows.tolist(), columns.tolist(), strict=True))
+        result = [(query_index[problem, target].item(), target) for target in range(targets)]
+        assert sorted(result) == sorted(zip(rows.tolist(), columns.tolist(), strict=True))
         assert matched[problem].sum() == targets
 
 

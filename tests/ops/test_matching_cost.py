@@ -110,8 +110,8 @@ def test_without_class_cost_the_logits_are_not_read():
     scene = random_scene((3, 2))
     costs = COSTS | {"cost_class": 0.0}
     expected = matching_cost(*scene, **costs)
-    nothing = scene._replace(logits=torch.full_like(scene.logits, float("nan")))
-    assert torch.equal(matching_cost(*nothing, **costs), expected)
+    other = scene._replace(logits=torch.full_like(scene.logits, float("nan")))
+    assert torch.equal(matching_cost(*other, **costs), expected)
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf")])

@@ -1,4 +1,4 @@
-"""Deformable attention against loops over single samples, and its behaviour at every edge."""
+"""Deformable attention against loops over single samples, and its edge cases."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOKENS = 15 + 1 + 2 + 4
 def loop_attention(
     value: Tensor, spatial_shapes: SpatialShapes, locations: Tensor, weights: Tensor
 ) -> Tensor:
-    """The docstring, sample by sample, in float64. Independent of grid_sample."""
+    """The definition, sample by sample, in float64. Does not use grid_sample."""
     batch, _, heads, channels = value.shape
     _, queries, _, _, points, _ = locations.shape
     value, locations, weights = value.double(), locations.double(), weights.double()
@@ -170,8 +170,8 @@ class TestMsDeformAttn:
         torch.testing.assert_close(output.double(), expected, rtol=0.51 * unit, atol=1e-5)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_half_precision_locations_are_taken_at_their_word(self, dtype):
-        """Coordinates that come in half precision lose nothing more on their way to the pixels."""
+    def test_half_precision_locations_are_converted_exactly(self, dtype):
+        """Coordinates in half precision are not rounded any further."""
         locations = torch.linspace(0.02, 0.1, 40).to(dtype)[None, :, None, None, None, None]
         locations = torch.cat((locations, torch.full_like(locations, 0.5)), dim=-1)
         value = torch.arange(64.0).view(1, 64, 1, 1)
@@ -218,7 +218,7 @@ def loop_fused(
     reference: Tensor,
     valid_sizes: Tensor | None,
 ) -> Tensor:
-    """Locations and weights as the docstring has them, one at a time; then `loop_attention`."""
+    """Locations and weights by the definition, one at a time, and `loop_attention`."""
     batch, _, heads, _ = value.shape
     queries, levels = projection.shape[1], len(spatial_shapes)
     points = projection.shape[2] // (heads * levels * 3)
@@ -283,7 +283,7 @@ class TestFused:
             [x.requires_grad_() for x in inputs],
         )
 
-    def test_what_lies_in_the_padding_does_not_matter(self):
+    def test_the_content_of_the_padding_does_not_matter(self):
         value, projection, reference = random_fused_inputs(2)
         outputs, gradients = [], []
         for padding in (0.0, 7.0, float("nan"), float("inf")):
@@ -331,13 +331,13 @@ class TestFused:
         valid_sizes = VALID_SIZES.flip(-1).contiguous().flip(-1)
         assert not value.is_contiguous()
         assert not projection.is_contiguous()
-        found = ms_deform_attn_fused(value, SHAPES, projection, reference, valid_sizes)
-        assert torch.equal(found, expected)
+        result = ms_deform_attn_fused(value, SHAPES, projection, reference, valid_sizes)
+        assert torch.equal(result, expected)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("reference_dim", [2, 4])
     def test_half_precision_loses_only_the_rounding_of_the_output(self, dtype, reference_dim):
-        """Reference points are float32, as the model's are; value and projection are not."""
+        """Reference points are float32, as in the model; value and projection are not."""
         shapes = ((4, 6), (9, 31))
         value, projection, reference = random_fused_inputs(reference_dim, shapes=shapes, points=4)
         value, projection, reference = value.to(dtype), projection.to(dtype), reference.float()
@@ -350,7 +350,7 @@ class TestFused:
     @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
     @pytest.mark.parametrize("place", ["offset", "reference"])
     @pytest.mark.parametrize("reference_dim", [2, 4])
-    def test_locations_far_away_sample_zero_and_disturb_no_one(self, bad, place, reference_dim):
+    def test_far_locations_sample_zero_and_do_not_affect_others(self, bad, place, reference_dim):
         value, projection, reference = (x.float() for x in random_fused_inputs(reference_dim))
         num_offsets = projection.shape[2] // 3 * 2
         if place == "offset":

@@ -1,4 +1,4 @@
-"""The chunked operator of the CPU against the reference."""
+"""The chunked operator for a CPU against the reference."""
 
 from __future__ import annotations
 
@@ -39,32 +39,32 @@ def test_output_and_gradients_are_those_of_the_reference(batch: int, queries: in
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = run(arguments(batch, queries), "auto")
+        result = run(arguments(batch, queries), "auto")
     finally:
         torch.set_num_threads(before)
-    for ours, reference in zip(found, run(arguments(batch, queries), "reference"), strict=True):
+    for ours, reference in zip(result, run(arguments(batch, queries), "reference"), strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
 
 
 def test_bfloat16_adds_in_float32():
     low = arguments(dtype=torch.float32)
     value = low[0].bfloat16()
-    found = run((value, *low[1:]), "auto")
+    result = run((value, *low[1:]), "auto")
     expected = run((value.float(), *low[1:]), "reference")
-    assert found[0].dtype == found[1].dtype == torch.bfloat16
-    assert found[2].dtype == found[3].dtype == torch.float32
-    torch.testing.assert_close(found[0].float(), expected[0], rtol=2**-8, atol=1e-6)
+    assert result[0].dtype == result[1].dtype == torch.bfloat16
+    assert result[2].dtype == result[3].dtype == torch.float32
+    torch.testing.assert_close(result[0].float(), expected[0], rtol=2**-8, atol=1e-6)
 
 
-@pytest.mark.parametrize("strange", [float("nan"), float("inf"), -1e30, 3.0, -1.0, 2.0])
-def test_locations_out_of_range_sample_nothing_and_learn_nothing(strange: float):
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1e30, 3.0, -1.0, 2.0])
+def test_locations_out_of_range_sample_zero_and_have_no_gradient(bad: float):
     value, locations, weights = arguments()
-    locations[0, 1] = strange
-    found = run((value, locations, weights), "auto")
-    for ours, reference in zip(found, run((value, locations, weights), "reference"), strict=True):
+    locations[0, 1] = bad
+    result = run((value, locations, weights), "auto")
+    for ours, reference in zip(result, run((value, locations, weights), "reference"), strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
-    assert not found[0][0, 1].any()
-    assert not found[2][0, 1].any()
+    assert not result[0][0, 1].any()
+    assert not result[2][0, 1].any()
 
 
 def test_strided_arguments():
@@ -81,7 +81,7 @@ def test_strided_arguments():
 
 def test_gradients_by_differences():
     value, locations, weights = (tensor.requires_grad_() for tensor in arguments(1, 2, 1))
-    # Not where a sample crosses from pixel to pixel: there is no derivative.
+    # At random locations: there is no derivative where a sample crosses a pixel centre.
     assert torch.autograd.gradcheck(
         lambda *args: ms_deform_attn(args[0], SHAPES, *args[1:]), (value, locations, weights)
     )
@@ -95,7 +95,7 @@ def test_the_operator_is_registered_completely():
     )
 
 
-def test_nothing_but_the_arguments_is_kept_for_the_backward_pass():
+def test_only_the_arguments_are_kept_for_the_backward_pass():
     kept: list[Tensor] = []
     inputs = [tensor.requires_grad_() for tensor in arguments(queries=50)]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -111,7 +111,7 @@ def test_second_derivatives_are_refused():
         first.sum().backward()
 
 
-def test_compiled_code_calls_it_as_it_is():
+def test_compiles_in_one_graph():
     value = arguments(dtype=torch.float32)[0]
     projection = torch.randn(2, 6, 3 * len(SHAPES) * 2 * 3)
     reference = torch.rand(2, 6, len(SHAPES), 4)

@@ -1,9 +1,5 @@
-"""The deformable attention kernels against float64: on a GPU where there is one, else in Triton's
-interpreter, whose every program costs tenths of a second. Hence the small shapes.
-
-What "as accurate as the reference" means: the error against float64 is at most the largest error of
-the reference in the same types, plus one unit in the last place of the result's type, plus
-ROUNDING units of float32 at the size of the tensor's largest element.
+"""The deformable attention kernels against float64: on a GPU if there is one, otherwise in Triton's
+interpreter, where every program takes tenths of a second. Hence the small shapes.
 """
 
 from __future__ import annotations
@@ -14,9 +10,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ops.accuracy import PoisonedMemory, assert_as_accurate
 from ops.test_ms_deform_attn import random_inputs
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from msdetr.ops import ms_deform_attn_library
 from msdetr.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
@@ -66,7 +62,7 @@ def random_call(
     dtype: torch.dtype = torch.float32,
     spread: float = 2.0,
 ) -> Call:
-    """Random arguments; `queries` None: the pixels of the levels, as in an encoder."""
+    """Random arguments. `queries=None` takes the pixels of the levels, as in an encoder."""
     tokens = sum(height * width for height, width in shapes)
     if queries is None:
         centers = [
@@ -79,7 +75,7 @@ def random_call(
         reference = torch.rand(batch, queries, len(shapes), reference_dim)
     samples = heads * len(shapes) * points
     offsets = torch.randn(batch, queries, 2 * samples) * spread
-    # Off the grid in every type: at pixel centres gradients of positions are one-sided.
+    # Not at pixel centres in any type: gradients of positions are one-sided there.
     offsets = (offsets * 4).round() / 4 + 0.140625
     projection = torch.cat((offsets, torch.randn(batch, queries, samples)), dim=-1)
     return Call(
@@ -92,22 +88,13 @@ def random_call(
     )
 
 
-def assert_as_accurate(found: list[Tensor], reference: list[Tensor], exact: list[Tensor]) -> None:
-    for mine, theirs, truth in zip(found, reference, exact, strict=True):
-        assert mine.dtype == theirs.dtype
-        assert mine.shape == theirs.shape
-        allowed = (theirs.double() - truth).abs().amax()
-        allowed = allowed + torch.finfo(mine.dtype).eps * truth.abs()
-        allowed = allowed + ROUNDING * torch.finfo(torch.float32).eps * truth.abs().amax()
-        error = (mine.double() - truth).abs()
-        assert (error <= allowed).all(), f"{(error / allowed).max().item():.2f} x what is allowed"
-
-
 def check(call: Call) -> list[Tensor]:
-    """Compare all results of the kernels with the reference; return them."""
-    found = call.run("triton")
-    assert_as_accurate(found, call.run("reference"), call.run("reference", torch.float64))
-    return found
+    """Compare all results of the kernels with the reference, and return them."""
+    result = call.run("triton")
+    assert_as_accurate(
+        result, call.run("reference"), call.run("reference", torch.float64), rounding=ROUNDING
+    )
+    return result
 
 
 class TestFused:
@@ -137,7 +124,7 @@ class TestFused:
 
     @pytest.mark.parametrize("queries", [3, None])
     def test_padding(self, kernel_device, queries):
-        """Padding is not read, whatever it holds, and gets no gradient."""
+        """Padding is not read, whatever its content, and gets no gradient."""
         valid_sizes = [[[3, 5], [2, 3]], [[5, 7], [3, 4]]]
         call = random_call(
             kernel_device,
@@ -148,10 +135,10 @@ class TestFused:
             valid_sizes=valid_sizes,
         )
         value = call.value.clone()
-        value[0, 5] = value[0, 34] = float("nan")  # right of, and below the valid part of level 0
-        found = check(replace(call, value=value))
-        assert torch.equal(found[0], call.run("triton")[0])
-        assert not found[1][0, [5, 34]].any()
+        value[0, 5] = value[0, 34] = float("nan")  # right of and below the valid area of level 0
+        result = check(replace(call, value=value))
+        assert torch.equal(result[0], call.run("triton")[0])
+        assert not result[1][0, [5, 34]].any()
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 3e9])
     def test_far_samples_are_zero(self, kernel_device, bad):
@@ -171,12 +158,12 @@ class TestFused:
         assert grad_reference.isfinite().all()
 
     def test_padding_points_and_levels_do_not_reach_neighbours(self, kernel_device):
-        """Rows of the projection are exactly as long as the points: the next row stays out."""
+        """Rows of the projection are not padded: nothing beyond them is read."""
         call = random_call(kernel_device, heads=1, points=3, shapes=LEVELS[:1])
         wide = torch.full((1, 3, 12), float("nan"), device=kernel_device)
         wide[..., :9] = call.projection
-        found = replace(call, projection=wide[..., :9]).run("triton")
-        for mine, expected in zip(found, call.run("triton"), strict=True):
+        result = replace(call, projection=wide[..., :9]).run("triton")
+        for mine, expected in zip(result, call.run("triton"), strict=True):
             torch.testing.assert_close(mine, expected, rtol=0, atol=1e-6)
 
     @pytest.mark.parametrize(("batch", "queries"), [(0, 3), (2, 0), (1, 1)])
@@ -196,7 +183,7 @@ class TestFused:
         )
         expected = call.run("triton")
         tokens, channels = call.value.shape[1], 8
-        # One product for the values of three layers: a slice of it.
+        # A slice of one product for the values of three layers.
         wide = torch.randn(2, tokens, 3 * channels, device=kernel_device)
         wide[..., channels : 2 * channels] = call.value.flatten(2)
         slice_of_layers = wide[..., channels : 2 * channels].unflatten(-1, (2, 4))
@@ -288,7 +275,7 @@ class TestPixelsAsQueries:
 
     @pytest.mark.parametrize("spread", [0.5, 6.0])
     def test_windows(self, kernel_device, spread):
-        """Small offsets fit the windows; large ones do not, and are added one by one."""
+        """Small offsets fit in the windows; large ones do not, and are added one by one."""
         call = random_call(
             kernel_device,
             shapes=self.SHAPES,
@@ -304,7 +291,7 @@ class TestPixelsAsQueries:
         "sizes",
         [
             {"shapes": ((11, 13),), "points": 1},
-            {"shapes": ((3, 5), (6, 10)), "points": 2, "head_dim": 32},  # no pyramid at all
+            {"shapes": ((3, 5), (6, 10)), "points": 2, "head_dim": 32},  # not a pyramid
             {"shapes": ((9, 5), (4, 4), (3, 3), (1, 2), (2, 1)), "points": 3},
         ],
         ids=str,
@@ -330,12 +317,12 @@ class TestPixelsAsQueries:
         call.projection[0, 40, :16] = float("nan")
         call.projection[0, 41, :16] = float("inf")
         call.projection[0, 42, :16] = 1e30
-        found = call.run("triton")
+        result = call.run("triton")
         exact = call.run("reference", torch.float64)
-        assert_as_accurate(found[:2], call.run("reference")[:2], exact[:2])
+        assert_as_accurate(result[:2], call.run("reference")[:2], exact[:2], rounding=ROUNDING)
 
-    def test_windows_and_plain_reductions_are_both_taken(self, kernel_device, monkeypatch):
-        """Else the two tests above would compare nothing new."""
+    def test_windows_and_plain_reductions_are_both_used(self, kernel_device, monkeypatch):
+        """Otherwise the tests above would not compare both paths."""
         taken = []
 
         class Spy:
@@ -390,7 +377,9 @@ class TestStandard:
             gradients = torch.autograd.grad(output, inputs, grad_output.to(output.dtype))
             return [output.detach(), *gradients]
 
-        assert_as_accurate(run("triton"), run("reference"), run("reference", torch.float64))
+        assert_as_accurate(
+            run("triton"), run("reference"), run("reference", torch.float64), rounding=ROUNDING
+        )
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
     def test_far_samples_are_zero(self, kernel_device, bad):
@@ -407,13 +396,13 @@ class TestStandard:
         inputs = [x.float().to(kernel_device) for x in random_inputs(shapes=LEVELS, heads=1)]
         tensor = torch.tensor(LEVELS, device=kernel_device)
         expected = ms_deform_attn(inputs[0], LEVELS, *inputs[1:], impl="triton")
-        found = ms_deform_attn(inputs[0], tensor, *inputs[1:], impl="triton")
-        assert torch.equal(found, expected)
+        result = ms_deform_attn(inputs[0], tensor, *inputs[1:], impl="triton")
+        assert torch.equal(result, expected)
 
 
 class TestAccuracy:
     def test_thousands_of_additions_in_one_pixel(self, kernel_device):
-        """Bfloat16 sums would stop growing at 256 times an addend."""
+        """A bfloat16 sum would stop growing at 256 times an addend."""
         queries = 2048
         call = random_call(
             kernel_device,
@@ -442,20 +431,6 @@ class TestAccuracy:
             kernel_device, shapes=shapes, queries=None, heads=8, head_dim=32, dtype=dtype
         )
         check(call)
-
-
-class PoisonedMemory(TorchDispatchMode):
-    """Fills new memory with NaN: what is not written then shows."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        if (
-            name in ("empty", "new_empty", "empty_like", "empty_strided")
-            and result.is_floating_point()
-        ):
-            result.fill_(float("nan"))
-        return result
 
 
 @pytest.mark.parametrize("queries", [5, None])
@@ -497,17 +472,17 @@ class TestDeterministic:
         torch.use_deterministic_algorithms(False)  # The reference has no such path on a GPU.
         reference, exact = call.run("reference"), call.run("reference", torch.float64)
         torch.use_deterministic_algorithms(True)
-        assert_as_accurate(call.run("triton"), reference, exact)
+        assert_as_accurate(call.run("triton"), reference, exact, rounding=ROUNDING)
 
     @pytest.mark.parametrize("scale", [1e-30, 1e30])
     def test_any_magnitude(self, kernel_device, scale):
         call = random_call(kernel_device, heads=1, shapes=LEVELS[:2])
         expected = call.run("triton")[1] * scale
-        found = replace(call, grad_output=call.grad_output * scale).run("triton")[1]
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6 * scale)
+        result = replace(call, grad_output=call.grad_output * scale).run("triton")[1]
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-6 * scale)
 
     def test_order_does_not_matter(self, kernel_device):
-        """Shuffled queries add in another order, and give the same bits."""
+        """Shuffled queries are added in another order, and give the same bits."""
         call = random_call(kernel_device, queries=130, heads=1, shapes=((2, 2),), points=1)
         order = torch.randperm(130)
         shuffled = replace(
@@ -533,7 +508,7 @@ class TestDeterministic:
             if impl == "reference":
                 torch.use_deterministic_algorithms(False)
             value = inputs[0].clone().requires_grad_()
-            weights = inputs[2] * 100.0  # not a softmax: their size counts in the scale
+            weights = inputs[2] * 100.0  # not a softmax: their magnitude affects the scale
             output = ms_deform_attn(value, LEVELS, inputs[1], weights, impl=impl)
             gradients += torch.autograd.grad(output, value, expected)
         torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-4)
@@ -566,7 +541,7 @@ class TestWideOffsets:
             (((10, 10),), 2**24 - 1, 128, False),
         ],
     )
-    def test_are_taken_where_32_bits_do_not_reach(self, shapes, queries, stride, wide):
+    def test_are_used_where_32_bits_are_not_enough(self, shapes, queries, stride, wide):
         tokens = sum(height * width for height, width in shapes)
         value = torch.empty(2, tokens, 1, stride, device="meta")
         points = kernels.Points(
@@ -623,7 +598,7 @@ class TestWideOffsets:
 
 
 class TestManyImages:
-    def test_launches_are_cut_at_the_grids_limit(self, kernel_device, monkeypatch):
+    def test_launches_are_split_at_the_limit_of_the_grid(self, kernel_device, monkeypatch):
         call = random_call(kernel_device, batch=3, queries=None, heads=1, shapes=((3, 3),))
         half = random_call(
             kernel_device,
@@ -636,8 +611,8 @@ class TestManyImages:
         )
         expected = [call.run("triton"), half.run("triton")]
         monkeypatch.setattr(kernels, "_MAX_GRID_Y", 2)
-        for found, truth in zip((call.run("triton"), half.run("triton")), expected, strict=True):
-            for mine, theirs in zip(found, truth, strict=True):
+        for result, truth in zip((call.run("triton"), half.run("triton")), expected, strict=True):
+            for mine, theirs in zip(result, truth, strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-2)
 
 
@@ -651,7 +626,7 @@ class TestErrors:
             ({"head_dim": 257}, "head dimensions 1 to 256, got 257"),
         ],
     )
-    def test_what_the_kernel_does_not_serve_is_refused(self, kernel_device, sizes, message):
+    def test_unsupported_arguments_are_refused(self, kernel_device, sizes, message):
         call = random_call(kernel_device, **{"shapes": LEVELS[:1], "heads": 1} | sizes)
         with pytest.raises(NotImplementedError, match=message):
             call.run("triton")

@@ -1,4 +1,4 @@
-"""The registered operators under everything that PyTorch does with an operator."""
+"""The registered operators under opcheck, autograd, autocast, torch.compile and torch.export."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TestOpcheck:
         call = random_call(kernel_device, **SIZES)
         op = torch.ops.msdetr.ms_deform_attn_fused_backward.default
         tensors = (call.grad_output, call.value, FLAT, call.projection, call.reference, None)
-        # Sums of value's gradient may differ in order: only what does not depend on it is compared.
+        # The order of sums in the gradient of `value` varies: its values are not compared.
         torch.library.opcheck(op, (*tensors, False, True, True, False))
         torch.library.opcheck(
             op,
@@ -52,7 +52,7 @@ class TestOpcheck:
 
 @pytest.mark.parametrize("op", ["fused", "standard"])
 def test_second_derivatives_are_refused(kernel_device, op):
-    """Silence would be a wrong gradient."""
+    """Otherwise they would be wrong silently."""
     if op == "fused":
         call = random_call(kernel_device, **SIZES)
         value = call.value.requires_grad_()
@@ -104,9 +104,9 @@ class TestCompile:
         expected.square().sum().backward()
         gradients = [p.grad.clone() for p in layer.parameters()]
         layer.zero_grad()
-        found = compiled(*inputs)
-        torch.testing.assert_close(found, expected)
-        found.square().sum().backward()
+        result = compiled(*inputs)
+        torch.testing.assert_close(result, expected)
+        result.square().sum().backward()
         for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
 
@@ -159,10 +159,10 @@ class TestAutocast:
     def test_layer(self, kernel_device):
         inputs = layer_inputs(kernel_device)
         with torch.autocast(kernel_device.type, dtype=torch.bfloat16):
-            found, expected = (
+            result, expected = (
                 Layer(impl).to(kernel_device)(*inputs) for impl in ("triton", "reference")
             )
-        torch.testing.assert_close(found, expected, rtol=0.03, atol=0.03)
+        torch.testing.assert_close(result, expected, rtol=0.03, atol=0.03)
 
 
 @pytest.mark.gpu
@@ -193,7 +193,7 @@ class TestGpu:
         for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
             torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-4)
 
-    def test_nothing_waits_for_the_device(self, kernel_device):
+    def test_the_host_does_not_wait_for_the_device(self, kernel_device):
         layer = Layer("triton").to(kernel_device)
         inputs = layer_inputs(kernel_device)
         layer(*inputs).sum().backward()

@@ -1,6 +1,6 @@
-"""Samples that one kernel of the window sums leaves out and the other adds are told apart by their
-positions, which both must compute to the same bits. The interpreter fuses nothing: generated code
-tells.
+"""`splat_kernel` leaves samples out by their positions, and `rest_kernel` adds them by the same
+positions: both must compute identical bits. The interpreter does not fuse multiply and add, so the
+generated code is checked.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from msdetr.kernels.ms_deform_attn_splat import _positions
+from msdetr.kernels.deform_cells import load_samples
 
 
 @triton.jit
 def kernel(points, weights, reference, out, height, width, R: tl.constexpr):
     row = tl.arange(0, 32)
     one = tl.full((32,), 1.0, tl.float32)
-    xs, ys, _ = _positions(
-        (points + row * 2)[:, None], (weights + row)[:, None], reference + row * R, one, one, 0,
-        height, width, 1, R, 32, 1,
+    xs, ys, _ = load_samples(
+        ((points + row * 2)[:, None], (weights + row)[:, None], reference + row * R, one, one),
+        0, height, width, 1, R, 32, 1,
     )
     tl.store(out + row, xs[0] - ys[0])
 
@@ -50,7 +50,7 @@ for r in (2, 4):
 """
 
 
-def test_positions_do_not_depend_on_what_the_compiler_fuses(tmp_path: Path) -> None:
+def test_positions_do_not_depend_on_fusion_by_the_compiler(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     path = tmp_path / "positions.py"
     path.write_text(SCRIPT)
@@ -60,5 +60,5 @@ def test_positions_do_not_depend_on_what_the_compiler_fuses(tmp_path: Path) -> N
         [sys.executable, str(path)], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    # A coordinate of the reference, and with sides of a box one of the offset.
+    # One per coordinate of the reference, and with boxes one more per offset.
     assert done.stdout.split() == ["2", "2", "4", "4"]

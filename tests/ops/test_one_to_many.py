@@ -1,8 +1,9 @@
-"""One-to-many assignment against its rule told image by image, on scenes full of ties."""
+"""One-to-many assignment: both PyTorch versions against each other and a loop over images."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from scenes import Scene, padded_targets, random_scene, with_garbage_padding
 from torch import Tensor
 
 from msdetr.boxes import box_iou, cxcywh_to_xyxy
-from msdetr.ops import one_to_many_reference as reference
-from msdetr.ops.one_to_many import OneToMany, one_to_many
+from msdetr.ops import one_to_many_chunked as chunked
+from msdetr.ops.one_to_many import OneToMany
+from msdetr.ops.one_to_many import one_to_many as public_one_to_many
 from msdetr.structures import Targets
 
 OPTIONS = {"k": 3, "threshold": 0.4, "positive_fraction": 0.5}
@@ -42,7 +44,7 @@ def assign_image(
     threshold: float,
     positive_fraction: float,
 ) -> list[list[int]]:
-    """The rule for one image and layer: scores[target][query] to the queries of each target."""
+    """Queries of each target of one image and layer, from scores[target][query]."""
     targets, queries = range(len(scores)), range(len(priority))
     if not scores:
         return []
@@ -90,8 +92,8 @@ def expected_queries(scene: Scene, priority: Tensor, **options: float) -> list[l
     return result
 
 
-def found_queries(pairs: OneToMany, targets: Targets) -> list[list[list]]:
-    """[layer][image][target] lists of queries; nothing is taken in empty slots."""
+def assigned_queries(pairs: OneToMany, targets: Targets) -> list[list[list]]:
+    """[layer][image][target] lists of queries; empty slots have none."""
     assert not pairs.mask[:, ~targets.mask].any()
     return [
         [
@@ -105,17 +107,28 @@ def found_queries(pairs: OneToMany, targets: Targets) -> list[list[list]]:
     ]
 
 
+def one_to_many(*arguments: Any, **options: float) -> OneToMany:
+    """The result of `impl="auto"`, which must equal the reference index by index."""
+    result = public_one_to_many(*arguments, **options)
+    expected = public_one_to_many(*arguments, **options, impl="reference")
+    assert [field.dtype for field in result] == [field.dtype for field in expected]
+    assert_same(result, expected)
+    return result
+
+
 def assert_same(a: OneToMany, b: OneToMany) -> None:
     assert all(map(torch.equal, a, b))
 
 
-def tied_scene(seed: int, counts: tuple[int, ...], queries: int) -> Scene:
-    """Few different boxes and logits whose scores are exact, so that many scores are equal."""
+def tied_scene(
+    seed: int, counts: tuple[int, ...], queries: int, dtype: torch.dtype = torch.float64
+) -> Scene:
+    """Few different boxes and logits, so that many scores are equal bit for bit."""
     generator = torch.Generator().manual_seed(seed)
 
     def choose(values: list, *shape: int) -> Tensor:
         index = torch.randint(len(values), shape, generator=generator)
-        return torch.tensor(values, dtype=torch.float64)[index]
+        return torch.tensor(values, dtype=dtype)[index]
 
     boxes = [[0.25, 0.25, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0], [0.5, 0.25, 0.5, 0.5], [0.75] * 4]
     targets = padded_targets(
@@ -135,13 +148,13 @@ THRESHOLDS = (0.0, 0.15, 0.3, 0.4, 0.7 * 0.25 + 0.15, 0.7 * 1.0 + 0.3 * 0.5, 1.0
 @given(
     seed=st.integers(0, 2**31),
     counts=st.lists(st.integers(0, 5), min_size=1, max_size=3),
-    queries=st.integers(1, 9),
+    queries=st.one_of(st.integers(1, 9), st.sampled_from((30, 36))),
     k=st.integers(1, 10),
     threshold=st.sampled_from(THRESHOLDS),
     positive_fraction=st.sampled_from((0.0, 0.25, 0.5, 1.0)),
     equal_priorities=st.booleans(),
 )
-def test_equals_the_rule_on_scenes_full_of_ties(
+def test_equals_the_loop_on_scenes_full_of_ties(
     seed, counts, queries, k, threshold, positive_fraction, equal_priorities
 ):
     scene = tied_scene(seed, tuple(counts), queries)
@@ -152,7 +165,7 @@ def test_equals_the_rule_on_scenes_full_of_ties(
     options = {"k": k, "threshold": threshold, "positive_fraction": positive_fraction}
     pairs = one_to_many(*scene, priority, **options)
     assert pairs.query_index.shape == (2, *scene.targets.labels.shape, min(k, queries))
-    assert found_queries(pairs, scene.targets) == expected_queries(scene, priority, **options)
+    assert assigned_queries(pairs, scene.targets) == expected_queries(scene, priority, **options)
 
 
 @pytest.mark.parametrize(
@@ -167,13 +180,13 @@ def test_equals_the_rule_on_scenes_full_of_ties(
         ((4, 4), 20, {"threshold": 0.0}),  # every query positive
     ],
 )
-def test_equals_the_rule_on_random_scenes(counts, queries, options):
+def test_equals_the_loop_on_random_scenes(counts, queries, options):
     options = OPTIONS | options
     scene = random_scene(counts, queries=queries, dtype=torch.float64)
     priority = torch.rand(len(counts), queries)
     pairs = one_to_many(*scene, priority, **options)
     expected = expected_queries(scene, priority, **options)
-    assert found_queries(pairs, scene.targets) == expected
+    assert assigned_queries(pairs, scene.targets) == expected
     assert any(queries for layer in expected for image in layer for queries in image)
 
 
@@ -194,7 +207,7 @@ def test_a_target_takes_its_best_queries_and_not_those_that_were_kept():
     scene = hand_made([[0.9, 0.8, 0.1, 0.1], [0.7, 0.2, 0.6, 0.1]])
     options = {"k": 6, "threshold": 0.3 * 0.5, "positive_fraction": 1.0}
     pairs = one_to_many(*scene, torch.zeros(1, 4), **options)
-    assert found_queries(pairs, scene[2]) == [[[[0, 1], [0]]]]
+    assert assigned_queries(pairs, scene[2]) == [[[[0, 1], [0]]]]
     torch.testing.assert_close(pairs.score[0, 0, 1, 0].item(), 0.3 * 0.7)
     assert pairs.score[0, 0, 1, 1] == -math.inf
 
@@ -210,7 +223,7 @@ def test_a_score_at_the_threshold_is_positive(dtype):
     above = at.nextafter(torch.tensor(2.0, dtype=dtype))
     for threshold, expected in ((at, [0, 1, 2]), (above, [0])):
         pairs = one_to_many(*scene, torch.zeros(1, 3), threshold=threshold.item(), **options)
-        assert found_queries(pairs, targets) == [[[expected]]]
+        assert assigned_queries(pairs, targets) == [[[expected]]]
 
 
 def test_the_lowest_priorities_are_kept():
@@ -221,7 +234,7 @@ def test_the_lowest_priorities_are_kept():
         # Non-positives have the lowest values and must not use up the share.
         priority = torch.tensor([[0.9, 0.4, 0.6, 0.5, 0.0, 0.0, 0.0, 0.0]])
         pairs = one_to_many(*scene, priority, positive_fraction=fraction, **options)
-        numbers[fraction] = found_queries(pairs, scene[2])[0][0][0]
+        numbers[fraction] = assigned_queries(pairs, scene[2])[0][0][0]
     assert numbers == {0.0: [], 0.25: [0, 1], 0.4: [0, 1, 2], 0.5: [0, 1, 2, 3], 1.0: [0, 1, 2, 3]}
 
 
@@ -230,8 +243,8 @@ def test_priority_decides_which_target_keeps_its_places():
     options = {"k": 6, "threshold": 0.3 * 0.5, "positive_fraction": 0.5}
     first = one_to_many(*scene, torch.tensor([[0.0, 0.1, 0.8, 0.9]]), **options)
     second = one_to_many(*scene, torch.tensor([[0.9, 0.8, 0.1, 0.0]]), **options)
-    assert found_queries(first, scene[2]) == [[[[0, 1], []]]]
-    assert found_queries(second, scene[2]) == [[[[], [2, 3]]]]
+    assert assigned_queries(first, scene[2]) == [[[[0, 1], []]]]
+    assert assigned_queries(second, scene[2]) == [[[[], [2, 3]]]]
 
 
 def test_without_a_cap_priority_does_not_matter():
@@ -327,16 +340,16 @@ def test_predictions_that_are_not_finite_rank_last(bad, place):
 def test_all_predictions_nan_still_give_every_target_a_query():
     """Each target keeps its best query: with equal worst scores, the first."""
     scene = random_scene((2, 1), queries=8)
-    nothing = scene.logits * float("nan"), scene.boxes * float("nan")
+    predictions = scene.logits * float("nan"), scene.boxes * float("nan")
     options = OPTIONS | {"positive_fraction": 1.0}
-    pairs = one_to_many(*nothing, scene.targets, torch.rand(2, 8), **options)
-    assert found_queries(pairs, scene.targets) == [[[[0], []], [[0]]]] * 2
+    pairs = one_to_many(*predictions, scene.targets, torch.rand(2, 8), **options)
+    assert assigned_queries(pairs, scene.targets) == [[[[0], []], [[0]]]] * 2
 
 
 def test_score_weights_and_half_precision():
     scene = random_scene((3, 2))
     priority = torch.rand(2, 12)
-    only_boxes = OPTIONS | {"cost_box": 1.0, "cost_class": 0.0}
+    only_boxes = OPTIONS | {"iou_weight": 1.0, "class_weight": 0.0}
     pairs = one_to_many(*scene, priority, **only_boxes)
     other_logits = scene._replace(logits=torch.randn_like(scene.logits))
     assert_same(pairs, one_to_many(*other_logits, priority, **only_boxes))
@@ -357,49 +370,14 @@ def test_best_first():
 
 
 @pytest.mark.parametrize("queries", [12, 16])
-@pytest.mark.parametrize("parts", ["_CHUNK_PAIRS", "_BLOCK_PAIRS"])
-def test_parts_do_not_matter(parts, queries, monkeypatch):
+@pytest.mark.parametrize("max_pairs", ["_CHUNK_PAIRS", "_BLOCK_PAIRS"])
+def test_chunks_do_not_change_the_result(max_pairs, queries, monkeypatch):
     scene = random_scene((4, 0, 7, 2, 1), layers=7, queries=queries)
     priority = torch.rand(7, 5, queries)
-    whole = one_to_many(*scene, priority, **OPTIONS)
-    monkeypatch.setattr(reference, parts, 1)
+    monkeypatch.setattr(chunked, max_pairs, 1)
     pairs = scene.targets.mask.shape[1] * queries
-    assert len(reference._parts(35, pairs, 1, torch.device("cpu"))) > 1
-    assert_same(one_to_many(*scene, priority, **OPTIONS), whole)
-
-
-@pytest.mark.parametrize("queries", [1, 7, 30, 36])
-@pytest.mark.parametrize("most", [0, 1, 3, 6])
-def test_top_k_is_a_stable_sort(most, queries):
-    scores = torch.randint(3, (15, queries)).float()
-    scores[0] = -math.inf
-    k = min(queries, 6)
-    count = torch.randint(min(most, k) + 1, (15,))
-    expected = scores.sort(dim=1, descending=True, stable=True)
-    size = {1: 1, 7: 1, 30: 5, 36: 6}[queries]
-    in_groups = scores.view(-1, size).clone()
-    groups = in_groups.amax(-1).view(15, -1)
-    begin = torch.arange(0, len(in_groups), groups.shape[1])
-    best = reference._best_of_rows(in_groups, groups, begin)
-    values, indices = reference._top_k_(in_groups, groups, best, count, k)
-    wanted = torch.arange(k) < count[:, None]
-    assert torch.equal(values[wanted], expected.values[:, :k][wanted])
-    wanted[0] = False  # which of its queries does not matter
-    assert torch.equal(indices[wanted], expected.indices[:, :k][wanted])
-
-
-def test_first_max_is_that_of_torch():
-    score = torch.randint(3, (4, 7, 11)).float()
-    score[0] = -math.inf
-    assert all(map(torch.equal, reference._first_max(score), score.max(dim=1)))
-
-
-@pytest.mark.parametrize("limit", [0, 1, 5, 11, 20])
-def test_the_lowest_are_those_of_a_stable_sort(limit):
-    priority, among = torch.randint(4, (40, 11)).float(), torch.rand(40, 11) < 0.6
-    order = priority.masked_fill(~among, math.inf).argsort(dim=1, stable=True)
-    expected = torch.zeros_like(among).scatter_(1, order[:, :limit], True) & among
-    assert torch.equal(reference._lowest(priority, among, limit) & among, expected)
+    assert len(chunked._chunks(35, pairs, 1)) > 1
+    one_to_many(*scene, priority, **OPTIONS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -411,10 +389,18 @@ def test_iou_is_that_of_boxes(dtype):
     boxes = torch.cat((random_scene((3,), queries=40, dtype=dtype).boxes[0, 0], odd))[None]
     usual = random_scene((3,), dtype=dtype).targets.boxes
     targets = torch.cat((usual, torch.tensor([[[0.5, 0.5, 1e-16, 1e-16]]], dtype=dtype)), dim=1)
-    planes = reference._corners_and_area(boxes)[:, :, None]
-    target_planes = reference._corners_and_area(targets)[..., None]
+    planes = chunked._corners_and_area(boxes)[:, :, None]
+    target_planes = chunked._corners_and_area(targets)[..., None]
     out = torch.empty(1, targets.shape[1], boxes.shape[1], dtype=dtype)
-    found = reference._iou(planes, target_planes, out)
-    assert found is out
+    result = chunked._iou(planes, target_planes, out)
+    assert result is out
     expected = box_iou(cxcywh_to_xyxy(boxes)[:, None], cxcywh_to_xyxy(targets)[:, :, None])
-    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_compiles_in_one_graph(impl):
+    scene, priority = random_scene((3, 2)), torch.rand(2, 12)
+    compiled = torch.compile(public_one_to_many, backend="aot_eager", fullgraph=True)
+    result = compiled(*scene, priority, **OPTIONS, impl=impl)
+    assert_same(OneToMany(*result), one_to_many(*scene, priority, **OPTIONS))

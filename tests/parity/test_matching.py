@@ -63,6 +63,18 @@ def test_one_to_many(case: GoldenCase, impl: str, request: pytest.FixtureRequest
     assert torch.equal(assignment.target_class[0].cpu(), case.tensor("target_class"))
 
 
+@pytest.mark.golden("o2m_")
+def test_one_to_many_on_a_cpu(case: GoldenCase) -> None:
+    """The default on a CPU gives the very result of the reference."""
+    scene, priority = _scene(case, torch.device("cpu")), case.tensor("priority")
+    options = {"k": case.info["k"], "threshold": case.info["threshold"], "positive_fraction": 0.25}
+    results = (
+        one_to_many(*scene[0], scene[1], priority, impl=impl, **options)
+        for impl in ("auto", "reference")
+    )
+    assert all(map(torch.equal, *results))
+
+
 @pytest.mark.golden("o2o_")
 def test_one_to_one(case: GoldenCase, impl: str, request: pytest.FixtureRequest) -> None:
     predictions, targets = _scene(case, _device(impl, request))

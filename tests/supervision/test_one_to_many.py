@@ -192,8 +192,8 @@ def test_options_reach_the_op():
         k=2,
         threshold=0.9,
         positive_fraction=1.0,
-        cost_box=0.9,
-        cost_class=0.1,
+        iou_weight=0.9,
+        class_weight=0.1,
     )
     assignment = assign(scene, strict)
     assert torch.equal(assignment.query_index, expected.query_index)

@@ -1,18 +1,20 @@
-"""Backward kernels of multi-scale deformable attention: points and weights by a gather, `value` by
-reductions to global memory.
+"""Backward kernel of multi-scale deformable attention for points, weights and reference points.
 
-Both recompute locations and weights from the inputs. With g the output's gradient, a the weight of
-a sample, (r, d) the fractions right and down of its pixel, and c_ij = <g, value of corner ij>, all
-of the first kernel's gradients are scalars of the four c_ij (corners outside count as zero):
+Maths. Locations and weights are recomputed from the inputs. Let g be the gradient of the output, a
+the weight of a sample, (r, d) the fractions to the right and down of its pixel, and
+c_ij = <g, value of corner ij>, 0 for corners outside. The gradients are functions of the c_ij:
 
     weight        (1 - d) ((1 - r) c_00 + r c_01) + d ((1 - r) c_10 + r c_11)
     x (pixels)    a ((1 - d) (c_01 - c_00) + d (c_11 - c_10))
     y (pixels)    a ((1 - r) (c_10 - c_00) + r (c_11 - c_01))
 
-and the logits' gradient is the softmax's, a_k (gw_k - sum_j a_j gw_j), with all gw of a row kept in
-registers. The gradient of `value` at corner ij is the sum over samples of a times the corner's
-share times g: rows of D numbers, added by reductions of 16 bytes per thread. Order then differs
-from run to run; in fixed point (64-bit integers) it does not matter.
+The gradient of a logit is that of the softmax, a_k (gw_k - sum_j a_j gw_j). All gw of a row are
+kept in registers.
+
+Mapping. As in the forward kernel.
+
+Traffic. The reads of the forward kernel, and g once. Every gradient is written once, without
+atomics; the gradient of a reference point has a term per head, which PyTorch sums.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from msdetr.kernels.deform_sampling import (
     columns,
     from_columns,
     level_size,
+    load_gradient,
     load_logits,
     load_points,
     load_reference,
@@ -35,27 +38,6 @@ from msdetr.kernels.deform_sampling import (
     weight_of_logit,
     within,
 )
-
-
-@triton.jit
-def load_gradient(
-    grad_output_ptr,
-    row,
-    channel,
-    in_tile,
-    D: tl.constexpr,
-    SPLIT_D: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    """The output's gradient of a tile, as float32 tiles; 0 where there is no query or channel."""
-    pointers = grad_output_ptr + row[:, None] + channel
-    rows = in_tile[:, None]
-    tiles = ()
-    for i in tl.static_range(SPLITS):
-        mask = channel_mask(rows, i, D, SPLIT_D)
-        tile = tl.load(pointers + i * SPLIT_D, mask=mask, other=0.0).to(tl.float32)
-        tiles = tiles + (tile,)
-    return tiles
 
 
 @triton.jit
@@ -128,7 +110,7 @@ def points_kernel(
     valid_ptr,  # [B, L, 2] (height, width) where HAS_VALID_SIZES
     grad_points_ptr,  # as points_ptr
     grad_weights_ptr,  # as weights_ptr
-    grad_reference_ptr,  # [B, M, Q, L, R] float32, one part per head, where NEED_REFERENCE
+    grad_reference_ptr,  # [B, M, Q, L, R] float32, one term per head, where NEED_REFERENCE
     num_queries,
     stride_vb,
     stride_vs,
@@ -178,7 +160,7 @@ def points_kernel(
     level_pointers = value_ptr + batch * stride_vb + head * D + channel
     if R > 0:
         highest, scale = softmax_of_rows(weights, L * P, PADDED_LP)
-        # Gradients of all weights of a row, one slot per level and group of points.
+        # Gradients of all weights of a row: a slot per level and group of points.
         SLOTS: tl.constexpr = PADDED_LP // GROUP
         slots = tl.arange(0, SLOTS)[None, :, None]
         grad_all = tl.zeros((BLOCK_Q, SLOTS, GROUP), tl.float32)
@@ -189,10 +171,9 @@ def points_kernel(
         )
         float_height = height.to(tl.float32)
         float_width = width.to(tl.float32)
-        if R > 0:
-            x0, y0, step_x, step_y = load_reference(
-                reference + level * R, float_width, float_height, BLOCK_Q, R, P
-            )
+        x0, y0, step_x, step_y = load_reference(
+            reference + level * R, float_width, float_height, BLOCK_Q, R, P
+        )
         if NEED_REFERENCE:
             sum_x = tl.zeros((BLOCK_Q,), tl.float32)
             sum_y = tl.zeros((BLOCK_Q,), tl.float32)
@@ -210,12 +191,8 @@ def points_kernel(
             grad_ys = ()
             grad_ws = ()
             for i in tl.static_range(GROUP):
-                if R > 0:
-                    x = xs[i] * step_x + x0
-                    y = ys[i] * step_y + y0
-                else:
-                    x = xs[i] * float_width - 0.5
-                    y = ys[i] * float_height - 0.5
+                x = xs[i] * step_x + x0
+                y = ys[i] * step_y + y0
                 grad_x, grad_y, grad_w = _sample_gradients(
                     grad,
                     level_pointers,
@@ -238,12 +215,9 @@ def points_kernel(
                     if R == 4:
                         sum_width += grad_x * xs[i]
                         sum_height += grad_y * ys[i]
-                if R == 4:
+                if R != 2:
                     grad_x *= step_x
                     grad_y *= step_y
-                elif R == 0:
-                    grad_x *= float_width
-                    grad_y *= float_height
                 grad_xs = grad_xs + (grad_x,)
                 grad_ys = grad_ys + (grad_y,)
                 grad_ws = grad_ws + (grad_w,)
@@ -268,13 +242,13 @@ def points_kernel(
                 grad_w = grad_w.to(grad_weights_ptr.dtype.element_ty)
                 tl.store(grad_weights + level * P + k, grad_w, mask=mask)
         if NEED_REFERENCE:
-            part = grad_reference_ptr + (batch * M + head) * num_queries * (L * R)
-            part += (query * L + level) * R
-            tl.store(part, sum_x * float_width, mask=in_tile)
-            tl.store(part + 1, sum_y * float_height, mask=in_tile)
+            terms = grad_reference_ptr + (batch * M + head) * num_queries * (L * R)
+            terms += (query * L + level) * R
+            tl.store(terms, sum_x * float_width, mask=in_tile)
+            tl.store(terms + 1, sum_y * float_height, mask=in_tile)
             if R == 4:
-                tl.store(part + 2, sum_width * (float_width * (0.5 / P)), mask=in_tile)
-                tl.store(part + 3, sum_height * (float_height * (0.5 / P)), mask=in_tile)
+                tl.store(terms + 2, sum_width * (float_width * (0.5 / P)), mask=in_tile)
+                tl.store(terms + 3, sum_height * (float_height * (0.5 / P)), mask=in_tile)
         level_pointers += (height * width).to(tl.int64) * stride_vs
     if R > 0:
         grad_row = tl.reshape(grad_all, (BLOCK_Q, PADDED_LP))
@@ -296,191 +270,3 @@ def points_kernel(
         mean = tl.sum(weight * grad_row, 1)
         grad_row = weight * (grad_row - mean[:, None])
         tl.store(grad_weights + k, grad_row.to(grad_weights_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _add_to_corner(
-    grad,
-    pointers,
-    share,
-    rows,
-    fixed_point,
-    D: tl.constexpr,
-    SPLIT_D: tl.constexpr,
-    SPLITS: tl.constexpr,
-    FIXED_POINT: tl.constexpr,
-):
-    """Add `share` [ROWS] times g to the rows at `pointers` [ROWS, SPLIT_D]."""
-    for i in tl.static_range(SPLITS):
-        part = grad[i] * share[:, None]
-        if FIXED_POINT:
-            part = (part * fixed_point).to(tl.int64)
-        mask = channel_mask(rows[:, None], i, D, SPLIT_D)
-        # The default semantics would fence and invalidate the cache at every sample.
-        tl.atomic_add(pointers + i * SPLIT_D, part, mask=mask, sem="relaxed")
-
-
-@triton.jit
-def scatter_sample(
-    grad,
-    level_pointers,
-    x,
-    y,
-    weight,
-    rows,
-    height,
-    width,
-    valid_height,
-    valid_width,
-    fixed_point,
-    STRIDE: tl.constexpr,
-    D: tl.constexpr,
-    SPLIT_D: tl.constexpr,
-    SPLITS: tl.constexpr,
-    WIDE: tl.constexpr,
-    FIXED_POINT: tl.constexpr,
-):
-    """Add one sample of each of `rows` [ROWS] to the gradient of `value`, at its four corners."""
-    x0, y0, right, down = split_pixel(x, y, height, width)
-    in_x0 = within(x0, valid_width)
-    in_x1 = within(x0 + 1, valid_width)
-    in_y0 = within(y0, valid_height) & rows
-    in_y1 = within(y0 + 1, valid_height) & rows
-    lower = down * weight
-    upper = weight - lower
-    pixel = y0 * width + x0
-    if WIDE:
-        pixel = pixel.to(tl.int64)
-    offset = pixel * STRIDE
-    for row in tl.static_range(2):
-        if row == 0:
-            share = upper
-            inside = in_y0
-            pointers = level_pointers + offset[:, None]
-        else:
-            share = lower
-            inside = in_y1
-            pointers = level_pointers + (offset + width * STRIDE)[:, None]
-        share1 = share * right
-        _add_to_corner(
-            grad,
-            pointers,
-            share - share1,
-            inside & in_x0,
-            fixed_point,
-            D,
-            SPLIT_D,
-            SPLITS,
-            FIXED_POINT,
-        )
-        _add_to_corner(
-            grad,
-            pointers + STRIDE,
-            share1,
-            inside & in_x1,
-            fixed_point,
-            D,
-            SPLIT_D,
-            SPLITS,
-            FIXED_POINT,
-        )
-
-
-@triton.jit(do_not_specialize=["levels"])
-def value_kernel(
-    grad_output_ptr,  # [B, Q, M, D]
-    points_ptr,  # offsets or sampling locations: per (image, query) [M, L, P, 2]
-    weights_ptr,  # logits or attention weights: per (image, query) [M, L, P]
-    reference_ptr,  # [B, Q, L, R] where R > 0
-    valid_ptr,  # [B, L, 2] (height, width) where HAS_VALID_SIZES
-    grad_value_ptr,  # [B, S, M, D] float32, or int64 where FIXED_POINT; holds zeros
-    fixed_point_ptr,  # [] float32, units per 1 where FIXED_POINT
-    num_queries,
-    num_tokens,
-    stride_pb,
-    stride_pq,
-    stride_wb,
-    stride_wq,
-    levels,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    L: tl.constexpr,
-    P: tl.constexpr,
-    R: tl.constexpr,
-    HAS_VALID_SIZES: tl.constexpr,
-    WIDE: tl.constexpr,
-    FIXED_POINT: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    TILE_X: tl.constexpr,
-    GROUP: tl.constexpr,
-    PADDED_LP: tl.constexpr,
-    SPLIT_D: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    """Gradient of `value`, added sample by sample."""
-    program = tl.program_id(0)
-    batch = tl.program_id(1).to(tl.int64)
-    head = program % M
-    query, in_tile = tile_queries(program // M, num_queries, levels, L, BLOCK_Q, TILE_X)
-    row = query.to(tl.int64) if WIDE else query
-    points = points_ptr + batch * stride_pb + (row * stride_pq + head * (L * P * 2))[:, None]
-    weights = weights_ptr + batch * stride_wb + (row * stride_wq + head * (L * P))[:, None]
-    image_query = batch * num_queries + query
-    reference = reference_ptr + image_query * (L * R)
-    channel = tl.arange(0, SPLIT_D)[None, :]
-    grad = load_gradient(
-        grad_output_ptr, image_query * (M * D) + head * D, channel, in_tile, D, SPLIT_D, SPLITS
-    )
-    fixed_point = tl.load(fixed_point_ptr) if FIXED_POINT else 1.0
-    if R > 0:
-        highest, scale = softmax_of_rows(weights, L * P, PADDED_LP)
-    level_pointers = grad_value_ptr + batch * num_tokens * (M * D) + head * D + channel
-    for level in range(L):
-        height, width = level_size(level, levels, L)
-        valid_height, valid_width = load_valid_size(
-            valid_ptr + (batch * L + level) * 2, height, width, HAS_VALID_SIZES
-        )
-        float_height = height.to(tl.float32)
-        float_width = width.to(tl.float32)
-        if R > 0:
-            x0, y0, step_x, step_y = load_reference(
-                reference + level * R, float_width, float_height, BLOCK_Q, R, P
-            )
-        for point in tl.static_range(0, P, GROUP):
-            xs, ys = load_points(points + level * (P * 2), point, BLOCK_Q, GROUP, P)
-            if R > 0:
-                ws = load_logits(weights + level * P, point, GROUP, P, -float("inf"))
-                ws = weight_of_logit(ws, highest) * scale[:, None]
-            else:
-                ws = load_logits(weights + level * P, point, GROUP, P, 0.0)
-            ws = columns(ws, BLOCK_Q, GROUP)
-            for i in tl.static_range(GROUP):
-                if R > 0:
-                    x = xs[i] * step_x + x0
-                    y = ys[i] * step_y + y0
-                else:
-                    x = xs[i] * float_width - 0.5
-                    y = ys[i] * float_height - 0.5
-                rows = in_tile
-                if point + i >= P:
-                    rows = rows & False
-                scatter_sample(
-                    grad,
-                    level_pointers,
-                    x,
-                    y,
-                    ws[i],
-                    rows,
-                    height,
-                    width,
-                    valid_height,
-                    valid_width,
-                    fixed_point,
-                    M * D,
-                    D,
-                    SPLIT_D,
-                    SPLITS,
-                    WIDE,
-                    FIXED_POINT,
-                )
-        level_pointers += (height * width).to(tl.int64) * (M * D)
