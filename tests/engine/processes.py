@@ -9,7 +9,7 @@ import faulthandler
 import functools
 import json
 import multiprocessing
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 import torch.multiprocessing
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.profiler import ProfilerActivity, profile
 
 from msdetr.config import RunConfig
 from msdetr.engine import trainer as trainer_module
@@ -75,8 +76,9 @@ def _enter(rank: int, task: Task, argument: Any, folder: Path, world_size: int, 
 
 
 def train_run(worker: Worker, config: RunConfig) -> dict[str, Any]:
-    """Train; the images, targets and losses of every step, the gradients of the first, the tensors
-    before and after, and the scores of what was detected. Tensors are whole."""
+    """Train, and report the run: images, targets, losses and collectives of every step, the gradients
+    of the first step, all tensors before and after, and the scores of the detections. Tensors are
+    whole."""
     with pytest.MonkeyPatch.context() as patch:
         # Captured and cut as for generated code, which would take long to generate.
         patch.setattr(
@@ -84,6 +86,7 @@ def train_run(worker: Worker, config: RunConfig) -> dict[str, Any]:
         )
         trainer = build_trainer(config, worker)
     image_ids, targets = [], []
+    collectives: list[Counter[str]] = []
     gradients: dict[str, Tensor] = {}
     real_step, real_update = trainer.train_step, trainer.update
     initial = whole(trainer.tensors())
@@ -91,7 +94,10 @@ def train_run(worker: Worker, config: RunConfig) -> dict[str, Any]:
     def recorded_step(step_input: StepInput) -> None:
         image_ids.append([i for batch in step_input.host for i in batch.image_ids.tolist()])
         targets.append([int(batch.targets.count.sum()) for batch in step_input.host])
-        real_step(step_input)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            real_step(step_input)
+        names = [event.name for event in profiler.events() if event.name.startswith("c10d::")]
+        collectives.append(Counter(names))
 
     def recorded_update() -> Tensor:
         if not gradients:
@@ -119,6 +125,7 @@ def train_run(worker: Worker, config: RunConfig) -> dict[str, Any]:
         "grad_norms": [row["grad_norm"] for row in rows if row["kind"] == "train"],
         "image_ids": image_ids,
         "targets": targets,
+        "collectives": collectives,
         "gradients": gradients,
         "initial": initial,
         "tensors": whole(trainer.tensors()),

@@ -14,7 +14,13 @@ from engine.helpers import TINY_MODEL, tiny_config
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from msdetr.config import CompileConfig, OptimizerConfig, RunConfig, TrainConfig
+from msdetr.config import (
+    AssignmentConfig,
+    CompileConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
 from msdetr.engine.cuda_graphs import GradientBuffer, StepGraphs
 from msdetr.engine.distributed import Worker
 from msdetr.engine.run import build_trainer
@@ -66,6 +72,8 @@ def config(
     return tiny_config(
         data,
         output,
+        # More positives than are kept, so that the result depends on the draw.
+        assignment=AssignmentConfig(positive_fraction=0.25, one_to_many_threshold=0.0),
         model=dataclasses.replace(TINY_MODEL, num_classes=None, dropout=0.2),
         train=TrainConfig(**options),
         optimizer=OptimizerConfig(name=optimizer),

@@ -134,6 +134,14 @@ def test_two_processes_are_one(results: Results, name: str) -> None:
     assert second["scores"] == {}
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_gradients_are_exchanged_once_per_step(results: Results, kind: str) -> None:
+    for rank in results.ranks:
+        whole, parts = (rank[name]["collectives"][1:] for name in (kind, f"{kind}-parts"))
+        assert all(sum(step.values()) > 1 for step in whole)
+        assert parts == whole
+
+
 def test_compiled_runs_are_compiled(results: Results) -> None:
     *others, ddp, fsdp = (results.ranks[0][name]["num_graphs"] for name in _KINDS)
     assert not any(others)

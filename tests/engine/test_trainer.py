@@ -75,7 +75,12 @@ def assert_same_run(first: Trainer, second: Trainer) -> None:
 
 
 def test_a_run_leaves_everything_that_was_promised(shapes: Path, tmp_path: Path) -> None:
-    config = tiny_config(shapes, tmp_path / "run", train=train_config(eval_every=1))
+    config = tiny_config(
+        shapes,
+        tmp_path / "run",
+        optimizer=OptimizerConfig(lr=1e-3, warmup_steps=5),
+        train=train_config(eval_every=1),
+    )
     trainer, result = train(config)
     assert (trainer.steps_per_epoch, trainer.step) == (3, 6)
     written = json.loads((config.output / "config.json").read_text())
@@ -89,7 +94,8 @@ def test_a_run_leaves_everything_that_was_promised(shapes: Path, tmp_path: Path)
         *(f"{b}/{t}" for b in ("one_to_one", "one_to_many", "encoder") for t in _TERMS),
         *("images_per_second", "data_wait_share"),
     }
-    assert logged[0]["lr"] == pytest.approx(1e-3)  # the second of two warm-up steps
+    # The learning rate of the step itself, in a warm-up of five steps.
+    assert [row["lr"] for row in logged] == pytest.approx([4e-4, 6e-4, 8e-4, 1e-3])
     assert result is not None
     evaluations = rows(config, "eval")
     assert [row["step"] for row in evaluations] == [3, 6]
