@@ -44,8 +44,6 @@ def is_compiled(config: CompileConfig, device: torch.device) -> bool:
 def parts(model: Detector, criterion: Criterion) -> list[Part]:
     """The compiled parts of a training step, in the order in which they run."""
     return [
-        Part(model, "anchors"),
-        Part(criterion, "assign_encoder", dynamic=None),
         Part(model, "normalize"),
         Part(model.backbone, "forward"),
         Part(model, "flatten"),

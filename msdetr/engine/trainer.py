@@ -55,7 +55,6 @@ from msdetr.engine.optimizer import (
 from msdetr.engine.parallel import distribute, full_tensor, gathered, gradient_sync
 from msdetr.engine.prefetch import StepInput, prefetch
 from msdetr.engine.seeding import seed_step
-from msdetr.engine.side_stream import SideStream
 from msdetr.evaluation.coco_eval import CocoEvaluator, CocoResult
 from msdetr.losses.criterion import Criterion, LossOutput, add_losses
 from msdetr.model.checkpoint_adapter import check_state
@@ -131,7 +130,6 @@ class Trainer:
                 model, decay=train.ema_decay, warmup_steps=train.ema_warmup_steps
             )
         self.generator = torch.Generator(worker.device)
-        self.side_stream = SideStream(worker.device)
         self.meter = StepMeter(worker, train.batch_size)
         self.finite = FiniteCheck(worker)
         self.metrics = MetricsWriter(config.output, worker)
@@ -247,22 +245,14 @@ class Trainer:
         `num_targets` (0-dim) is the mean over ranks of the targets of all micro-batches.
         """
         device = self.worker.device
-        with self.side_stream.fork():
-            anchors = self.model.anchors(batch.images)
-            encoder_assignment = self.criterion.assign_encoder(anchors, batch.targets)
         with autocast(device, self.config.train.precision):
             output = self.distributed_model(batch.images)
         # Drawn here: what compiles can have no generator.
         priority = torch.rand(
             output.one_to_one.logits.shape[:3], device=device, generator=self.generator
         )
-        self.side_stream.join()
         losses: LossOutput = self.criterion(
-            output,
-            batch.targets,
-            encoder_assignment=encoder_assignment,
-            num_targets=num_targets,
-            priority=priority,
+            output, batch.targets, num_targets=num_targets, priority=priority
         )
         losses.total.backward()
         return LossOutput(losses.total.detach(), losses.terms)

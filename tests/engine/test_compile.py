@@ -84,14 +84,12 @@ def run(
     dtype: torch.dtype = torch.float32,
 ) -> Step:
     model.zero_grad(set_to_none=True)
-    encoder_assignment = criterion.assign_encoder(model.anchors(images), targets)
     device = images.pixels.device
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         output = model(images)
     losses = criterion(
         output,
         targets,
-        encoder_assignment=encoder_assignment,
         priority=torch.zeros(output.one_to_one.logits.shape[:3], device=device),
         num_targets=targets.count.sum(),
     )

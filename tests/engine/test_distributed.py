@@ -137,8 +137,8 @@ def test_two_processes_are_one(results: Results, name: str) -> None:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_gradients_are_exchanged_once_per_step(results: Results, kind: str) -> None:
     for rank in results.ranks:
-        whole, parts = (rank[name]["collectives"][1:] for name in (kind, f"{kind}-parts"))
-        assert all(sum(step.values()) > 1 for step in whole)
+        whole, parts = (rank[name]["collectives"] for name in (kind, f"{kind}-parts"))
+        assert sum(whole.values()) > 1  # More than that of the number of targets.
         assert parts == whole
 
 

@@ -329,23 +329,6 @@ def test_batch_size_must_fit_the_processes(shapes: Path, tmp_path: Path) -> None
         Trainer(config, model, data, None, worker)
 
 
-def test_the_encoder_is_assigned_once_before_the_forward_pass(
-    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = tiny_config(shapes, tmp_path / "run", train=train_config(max_steps=1))
-    trainer, order = build_trainer(config, WORKER), []
-    match = trainer.criterion._match_encoder
-
-    def matched(*arguments: Any) -> Any:
-        order.append("assignment")
-        return match(*arguments)
-
-    monkeypatch.setattr(trainer.criterion, "_match_encoder", matched)
-    trainer.model.register_forward_hook(lambda *_: order.append("output"))
-    trainer.train()
-    assert order == ["assignment", "output"]
-
-
 def test_same_seed_same_weights(shapes: Path, tmp_path: Path) -> None:
     def weight(seed: int) -> torch.Tensor:
         config = tiny_config(shapes, tmp_path / "run", seed=seed)
