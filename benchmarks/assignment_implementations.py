@@ -48,8 +48,8 @@ def dense_one_to_many(inputs: Inputs, impl: Impl) -> OneToMany:
         k=CONFIG.one_to_many_k,
         threshold=CONFIG.one_to_many_threshold,
         positive_fraction=CONFIG.positive_fraction,
-        cost_box=CONFIG.one_to_many_cost_box,
-        cost_class=CONFIG.one_to_many_cost_class,
+        cost_box=CONFIG.one_to_many_iou_weight,
+        cost_class=CONFIG.one_to_many_class_score_weight,
         impl=impl,
     )
 

@@ -55,8 +55,8 @@ def assign_one_to_many(
         k=config.one_to_many_k,
         threshold=config.one_to_many_threshold,
         positive_fraction=config.positive_fraction,
-        cost_box=config.one_to_many_cost_box,
-        cost_class=config.one_to_many_cost_class,
+        cost_box=config.one_to_many_iou_weight,
+        cost_class=config.one_to_many_class_score_weight,
         impl=impl,
     )
     if not config.indices_merge:

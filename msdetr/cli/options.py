@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import NoReturn, TypeVar
@@ -17,12 +16,10 @@ import tyro
 from tqdm import tqdm
 
 from msdetr.config import RunConfig
+from msdetr.config.parsing import current_name
 from msdetr.presets import PRESETS
 
 T = TypeVar("T")
-
-_SHORT_OPTION = re.compile(r"^--compile(=.*)?$")
-"""`--compile off` for `--compile.mode off`."""
 
 USAGE_ERROR = 2
 """Exit status of a command whose options or files are wrong."""
@@ -58,7 +55,7 @@ def parse_preset(arguments: Sequence[str], *, prog: str) -> RunConfig:
         preset = PRESETS[name]
         return parse_options(
             RunConfig,
-            [_SHORT_OPTION.sub(r"--compile.mode\1", argument) for argument in arguments[1:]],
+            [_current_option(argument) for argument in arguments[1:]],
             prog=f"{prog} {name}",
             default=preset.config,
             description=f"Train {preset.description}.",
@@ -71,6 +68,18 @@ def parse_preset(arguments: Sequence[str], *, prog: str) -> RunConfig:
     if name.startswith("-"):
         problem = f"the preset comes first, before {name}"
     exit_with_error(f"{problem}; known are\n\n{_preset_list()}\n\n{usage.rstrip()}")
+
+
+def _current_option(argument: str) -> str:
+    """An argument with the present name of its option: `--compile off` is `--compile.mode off`, and
+    the names of renamed fields are replaced."""
+    option, equals, value = argument.partition("=")
+    if option == "--compile":
+        option = "--compile.mode"
+    section, dot, field = option.rpartition(".")
+    if section.startswith("--"):
+        field = current_name(field.replace("-", "_")).replace("_", "-")
+    return f"{section}{dot}{field}{equals}{value}"
 
 
 def option_value(arguments: Sequence[str], name: str) -> str | None:
