@@ -87,7 +87,7 @@ def test_round_trip(tmp_path: Path) -> None:
     targets = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
     loaded.tensors.load(targets)
     assert all(torch.equal(targets[name], tensor) for name, tensor in expected.items())
-    assert not loaded.has_averages
+    assert not loaded.has_ema
     weights = loaded.weights()
     assert weights.keys() == {"weight", "scale"}
     assert torch.equal(weights["weight"], expected["model.weight"])
@@ -103,12 +103,12 @@ def test_nothing_is_pickled(tmp_path: Path) -> None:
     assert listed == {shard: (path / shard).stat().st_size}
 
 
-def test_averages(tmp_path: Path) -> None:
+def test_ema_weights(tmp_path: Path) -> None:
     checkpoint = load_checkpoint(save(tmp_path, 1, average__weight=torch.full((3,), 9.0)))
-    assert checkpoint.has_averages
+    assert checkpoint.has_ema
     assert checkpoint.weights()["weight"].tolist() == [9.0] * 3
-    assert checkpoint.weights()["scale"].tolist() == [0.5] * 2  # has no average
-    assert checkpoint.weights(averaged=False)["weight"].tolist() == [1.0] * 3
+    assert checkpoint.weights()["scale"].tolist() == [0.5] * 2  # has no EMA
+    assert checkpoint.weights(ema=False)["weight"].tolist() == [1.0] * 3
 
 
 def test_files_of_earlier_versions(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_fallback_to_the_previous_checkpoint(
         newest = load_newest_checkpoint(tmp_path)
     assert newest is not None
     assert newest.progress.step == 1
-    assert "PASSING OVER THE CHECKPOINT OF STEP 2" in caplog.text
+    assert "SKIPPING THE CHECKPOINT OF STEP 2" in caplog.text
     with pytest.raises(ValueError, match=path.name):
         load_checkpoint(path)
 

@@ -21,10 +21,10 @@ from msdetr.engine import trainer as trainer_module
 from msdetr.engine.compile import (
     CompileError,
     compile_step,
+    compiled_regions,
     explain_compile_errors,
     is_compiled,
     num_graphs,
-    parts,
 )
 from msdetr.engine.distributed import Worker
 from msdetr.engine.prefetch import StepInput
@@ -151,11 +151,11 @@ def test_activation_checkpointing_stays_possible():
     model.checkpoint_activations("all")
     compile_step(model, criterion, backend="aot_eager")
     torch.manual_seed(1)
-    recomputed = run(model, criterion, images_of(), targets_of(3, 1))
+    checkpointed = run(model, criterion, images_of(), targets_of(3, 1))
     model.checkpoint_activations("none")
     torch.manual_seed(1)
     kept = run(model, criterion, images_of(), targets_of(3, 1))
-    assert_close(recomputed, kept)
+    assert_close(checkpointed, kept)
 
 
 def test_generated_code_computes_what_eager_code_does():
@@ -171,8 +171,8 @@ def test_generated_code_in_bfloat16(what: str, monkeypatch: pytest.MonkeyPatch):
     model, criterion = new_step(two_stage=False, num_decoder_layers=1 if what == "layers" else 2)
     if what == "layers":  # A step has a hundred loops, and each takes a C++ compiler a second.
         layers = (*model.encoder.layers, *model.decoder.layers)
-        some = [part for part in parts(model, criterion) if part.owner in layers]
-        monkeypatch.setattr(compile_module, "parts", lambda model, criterion: some)
+        some = [region for region in compiled_regions(model, criterion) if region.owner in layers]
+        monkeypatch.setattr(compile_module, "compiled_regions", lambda model, criterion: some)
     eager, low = (
         run(model, criterion, images_of(), targets_of(3, 1), dtype)
         for dtype in (torch.float32, torch.bfloat16)
@@ -184,7 +184,7 @@ def test_generated_code_in_bfloat16(what: str, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_captured_step_in_bfloat16():
-    """All parts, cut and differentiated as for generated code, which would take minutes."""
+    """All regions, cut and differentiated as for generated code, which would take minutes."""
     model, criterion = new_step(two_stage=False)
     eager, low = (
         run(model, criterion, images_of(), targets_of(3, 1), dtype)
@@ -192,7 +192,7 @@ def test_a_captured_step_in_bfloat16():
     )
     compile_step(model, criterion, backend="aot_eager")
     captured = run(model, criterion, images_of(), targets_of(3, 1), torch.bfloat16)
-    assert num_graphs() >= 9  # One per kind of part; layers share theirs.
+    assert num_graphs() >= 9  # One per kind of region; layers share theirs.
     assert_as_close(captured, low, eager)
 
 
@@ -245,9 +245,9 @@ def test_names_and_copies_of_weights_stay_those_of_the_model():
     assert [type(module) for module in model.modules()].count(Detector) == 1
 
 
-def test_parts_cover_the_whole_model():
+def test_regions_cover_the_whole_model():
     model, criterion = new_step()
-    owners = {id(part.owner) for part in parts(model, criterion)}
+    owners = {id(region.owner) for region in compiled_regions(model, criterion)}
 
     def is_covered(module: nn.Module) -> bool:
         return id(module) in owners or (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from msdetr.config import RunConfig
-from msdetr.engine.optimizer import build_optimizer
+from msdetr.engine.optimizer.groups import build_optimizer
 from msdetr.evaluation.postprocess import postprocess
 from msdetr.losses.criterion import Criterion, LossOutput
 from msdetr.model.checkpoint_adapter import load_state, published_name, published_to_ours
