@@ -204,7 +204,7 @@ def config_from_published_args(
     Args:
         args: the `args` of a published checkpoint, or a list of flags such as
             `["--two_stage", "--num_queries", "300"]`. Absent arguments have the published default.
-        implementation: the command line that they belong to. None infers it from the attributes of a
+        implementation: the command line they belong to. None infers it from the attributes of a
             Namespace (`infer_implementation`) and takes `ms-detr` for a flag list.
         overrides: values by attribute name that replace those of `args`.
 

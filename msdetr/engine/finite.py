@@ -73,6 +73,6 @@ def _describe(step: int, ranks: list[tuple[bool, list[int]]]) -> str:
     return (
         f"the {quantity} of step {step} is not finite ({images}). It did not reach the weights, "
         "and the last checkpoint is unchanged. A lower --optimizer.lr, more "
-        "--optimizer.warmup-steps or --train.precision float32 may help; `msdetr doctor` checks the "
-        "data"
+        "--optimizer.warmup-steps or --train.precision float32 may help; `msdetr doctor` checks "
+        "the data"
     )
