@@ -1,6 +1,6 @@
-"""What the command-line tools share: options from dataclasses, errors, logging.
+"""Shared code of the command-line tools: options from dataclasses, errors, logging.
 
-Imports no torch, so that `--help` and mistyped options answer at once.
+Does not import torch, so that `--help` and errors in options respond at once.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _current_option(argument: str) -> str:
 def option_value(arguments: Sequence[str], name: str) -> str | None:
     """The value of option `name` in `--name value` or `--name=value`; None where it is absent.
 
-    For options that decide the defaults of the others.
+    For options that determine the defaults of others.
     """
     for position, argument in enumerate(arguments):
         if argument == name and position + 1 < len(arguments):
@@ -96,7 +96,7 @@ def option_value(arguments: Sequence[str], name: str) -> str | None:
 
 
 def exit_with_error(message: str) -> NoReturn:
-    """Say what is wrong on stderr, and end the process with status 2."""
+    """Print an error on stderr, and end the process with status 2."""
     rank = "" if _is_main_process() else f"rank {os.environ['RANK']}: "
     print(f"{rank}error: {message}", file=sys.stderr)
     raise SystemExit(USAGE_ERROR)
@@ -104,7 +104,7 @@ def exit_with_error(message: str) -> NoReturn:
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Report ValueError and OSError, which name what the user can change, without a traceback."""
+    """Report ValueError and OSError, which are errors of the user, without a traceback."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -113,7 +113,7 @@ def user_errors() -> Iterator[None]:
 
 
 def configure_logging(*, is_main: bool = True) -> None:
-    """Log plain lines to stdout, from INFO on; from ranks other than 0 only warnings, to stderr."""
+    """Log plain lines from INFO on to stdout; on other ranks than 0 only warnings, to stderr."""
     handler = _ConsoleHandler(to_stdout=is_main)
     rank = "" if is_main else f"rank {os.environ.get('RANK', '?')}: "
     handler.setFormatter(logging.Formatter(f"{rank}%(message)s"))
@@ -123,7 +123,7 @@ def configure_logging(*, is_main: bool = True) -> None:
 
 
 class _ConsoleHandler(logging.Handler):
-    """Writes around progress bars instead of through them."""
+    """Writes lines without breaking progress bars."""
 
     def __init__(self, *, to_stdout: bool) -> None:
         super().__init__()

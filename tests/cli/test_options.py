@@ -144,7 +144,7 @@ def test_user_errors_have_no_traceback(capsys: pytest.CaptureFixture[str]) -> No
         raise ValueError("the reason")
     assert caught.value.code == 2
     assert capsys.readouterr().err == "error: the reason\n"
-    with pytest.raises(KeyError), user_errors():  # a bug, not the user's doing
+    with pytest.raises(KeyError), user_errors():  # A bug, not an error of the user.
         raise KeyError("x")
 
 

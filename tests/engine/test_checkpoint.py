@@ -65,7 +65,7 @@ def save(run_folder: Path, step: int, *, keep: int = 3, **tensors: Tensor) -> Pa
 
 
 def write_file(path: Path, **changes: object) -> None:
-    """A checkpoint as earlier versions wrote it."""
+    """A checkpoint in the format of earlier versions."""
     content = {
         "model": {"weight": torch.full((3,), 7.0)},
         "optimizer": {"weight": {"step": torch.tensor(7.0), "exp_avg": torch.arange(3.0)}},
@@ -140,7 +140,7 @@ def test_unreadable_later_ones_do_not_push_out_good_ones(tmp_path: Path) -> None
     checkpoint_path(tmp_path, 30).mkdir()
     save(tmp_path, 6, keep=1)
     assert [step for step, _ in find_checkpoints(tmp_path)] == [6, 30]
-    # The run gets there in the end, and replaces what it could not read.
+    # The run reaches that step again, and replaces the unreadable checkpoint.
     save(tmp_path, 30, keep=1)
     newest = load_newest_checkpoint(tmp_path)
     assert newest is not None

@@ -32,7 +32,7 @@ _KINDS = ("ddp", "ddp-parts", "fsdp", "fsdp-parts", "ddp-compiled", "fsdp-compil
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A set whose second step gives rank 1 of 2 no target at all."""
+    """A data set whose second step has no target on rank 1 of 2."""
     positions = step_positions(1, batch_size=BATCH_SIZE, rank=1, world_size=2)
     empty = epoch_permutation(SEED, 0, NUM_TRAIN)[positions]
     root = tmp_path_factory.mktemp("distributed") / "data"
@@ -41,7 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What the runs of this module report, and where they are."""
+    """The results of the runs of this module, and their folder."""
 
     folder: Path
     single: dict[str, Any]
@@ -55,7 +55,7 @@ def run_config(data: Path, folder: Path, name: str) -> RunConfig:
     if name.endswith("parts"):
         train |= {"accumulation_steps": 2, "activation_checkpointing": "all"}
     if name == "fsdp":
-        train |= {"checkpoint_every": 2, "eval_every": 1}  # evaluates and goes on
+        train |= {"checkpoint_every": 2, "eval_every": 1}  # Training continues after an evaluation.
     config = deterministic_config(data, folder / name, **train)
     mode: Literal["on", "off"] = "on" if name.endswith("compiled") else "off"
     config = dataclasses.replace(config, compile=CompileConfig(mode=mode))
@@ -131,7 +131,7 @@ def test_two_processes_are_one(results: Results, name: str) -> None:
 def test_gradients_are_exchanged_once_per_step(results: Results, kind: str) -> None:
     for rank in results.ranks:
         whole, parts = (rank[name]["collectives"] for name in (kind, f"{kind}-parts"))
-        assert sum(whole.values()) > 1  # More than that of the number of targets.
+        assert sum(whole.values()) > 1  # One of them exchanges the number of targets.
         assert parts == whole
 
 
@@ -141,9 +141,9 @@ def test_compiled_runs_are_compiled(results: Results) -> None:
     assert fsdp > ddp > 10
 
 
-def test_shards_are_parts(results: Results) -> None:
-    whole, part = (results.ranks[0][name]["num_local"] for name in ("ddp", "fsdp"))
-    assert whole / 2 <= part < 0.6 * whole  # some rows cannot be divided by 2
+def test_a_rank_holds_its_shards_only(results: Results) -> None:
+    whole, shards = (results.ranks[0][name]["num_local"] for name in ("ddp", "fsdp"))
+    assert whole / 2 <= shards < 0.6 * whole  # Some numbers of rows are odd.
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_resume_is_exact_with_shards(results: Results) -> None:
 
 
 def test_four_processes_with_shards(results: Results, data: Path, tmp_path: Path) -> None:
-    # The last ranks hold nothing of parameters with fewer rows than ranks.
+    # The last ranks have no shard of parameters with fewer rows than ranks.
     config = run_config(data, tmp_path, "fsdp")
     ranks = run_in_processes(train_run, config, tmp_path, num_processes=4)
     assert_same_within_rounding(ranks[0], results.single)

@@ -80,7 +80,7 @@ def test_applying_is_undone_also_after_an_error() -> None:
 
     def evaluate() -> None:
         with ema.applied():
-            assert [p.data_ptr() for p in model.parameters()] == storages  # what a graph recorded
+            assert [p.data_ptr() for p in model.parameters()] == storages
             applied.append(trained(model))
             raise RuntimeError("evaluation")
 

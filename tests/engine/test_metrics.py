@@ -50,7 +50,7 @@ def test_reading_nothing_is_an_error() -> None:
 
 
 def test_rows_are_appended(tmp_path: Path) -> None:
-    for step in (1, 2):  # the second writer is a restarted run
+    for step in (1, 2):  # The second writer is that of a resumed run.
         writer = MetricsWriter(tmp_path / "run", WORKER)
         writer.write("train", {"step": step, "loss": 0.5})
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

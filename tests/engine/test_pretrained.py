@@ -57,7 +57,7 @@ def test_a_detector_comes_back_from_its_files(tmp_path: Path, kind: str) -> None
 
 
 def published_file(folder: Path) -> tuple[Path, Detector]:
-    """A checkpoint as the published code writes it, of a small model."""
+    """A checkpoint of a small model in the format of the published code."""
     config = ModelConfig(
         backbone_weights="none",
         num_classes=91,

@@ -155,7 +155,7 @@ def test_checkpoints_within_an_epoch_and_resume_from_a_named_one(
     )
     expected, _ = train(config)
     assert steps(config) == [2, 3, 4, 5]
-    # Logging of the interval that the checkpoint of step 2 cuts goes on over it.
+    # The checkpoint of step 2 does not end a logging interval.
     assert [row["step"] for row in rows(config, "train")] == [2, 3, 4, 5]
     named = dataclasses.replace(
         config,
@@ -474,7 +474,7 @@ _VARIANTS = {
 def test_every_parameter_gets_a_gradient(
     model_config: ModelConfig, num_targets: int, auxiliary: bool
 ) -> None:
-    # Distributed training waits for the gradient of every parameter: one without would hang it.
+    # Distributed training waits for the gradient of every parameter, and would hang without one.
     model = build_detector(model_config).train()
     images = ImageBatch(torch.randn(1, 3, 64, 64), torch.tensor([[64, 64]]))
     boxes = torch.rand(1, 8, 4) * 0.3 + 0.2
