@@ -36,8 +36,8 @@ def pair_values(inputs: Inputs) -> Tensor:
     index = exact.targets.labels[None, :, None].expand(*exact.logits.shape[:3], -1)
     probability = exact.logits.gather(3, index).sigmoid().transpose(2, 3)
     return (
-        CONFIG.one_to_many_cost_box * box_iou(boxes, target_boxes)
-        + CONFIG.one_to_many_cost_class * probability
+        CONFIG.one_to_many_iou_weight * box_iou(boxes, target_boxes)
+        + CONFIG.one_to_many_class_score_weight * probability
     )
 
 

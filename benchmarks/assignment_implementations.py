@@ -48,8 +48,8 @@ def dense_one_to_many(inputs: Inputs, impl: Impl) -> OneToMany:
         k=CONFIG.one_to_many_k,
         threshold=CONFIG.one_to_many_threshold,
         positive_fraction=CONFIG.positive_fraction,
-        iou_weight=CONFIG.one_to_many_cost_box,
-        class_weight=CONFIG.one_to_many_cost_class,
+        iou_weight=CONFIG.one_to_many_iou_weight,
+        class_weight=CONFIG.one_to_many_class_score_weight,
         impl=impl,
     )
 

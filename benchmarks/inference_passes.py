@@ -23,7 +23,7 @@ from benchmarks.hugging_face import build_hugging_face, hugging_face_images
 from benchmarks.published_code import build_published, published_images
 from benchmarks.train_steps import choose_attention, impl_of, load_published_weights
 from msdetr.engine.compile import compile_step, explain_compile_errors
-from msdetr.engine.cuda_graphs import CudaRecorder, Replay
+from msdetr.engine.cuda_graphs import CudaCapture, Replay
 from msdetr.engine.device import autocast, to_device
 from msdetr.evaluation.postprocess import postprocess
 from msdetr.model.detector import build_detector
@@ -130,7 +130,7 @@ class OurPass(InferencePass):
         device = self.setup.device
         for _ in range(2):  # What is compiled, allocated or chosen at first use.
             self._detect()
-        return CudaRecorder(device, torch.Generator(device))(self._detect)
+        return CudaCapture(device, torch.Generator(device))(self._detect)
 
 
 class PublishedPass(InferencePass):

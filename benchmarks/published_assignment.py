@@ -51,7 +51,7 @@ def _published_image(
     iou = pairwise_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
     probability = logits.sigmoid()[:, labels]
     score = (
-        CONFIG.one_to_many_cost_box * iou + CONFIG.one_to_many_cost_class * probability
+        CONFIG.one_to_many_iou_weight * iou + CONFIG.one_to_many_class_score_weight * probability
     ).T  # [T, Q]
 
     best_score, best_target = score.max(dim=0)

@@ -18,7 +18,7 @@ from msdetr.config import (
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A recipe, what it is, and what its authors measured."""
+    """A recipe, its description, and the result that its authors report."""
 
     description: str
     """One line for the help text and the README."""
@@ -72,7 +72,7 @@ _TINY = RunConfig(
         pad_multiple=32,
         num_workers=2,
     ),
-    # Few steps from scratch: every parameter learns fast, and all of the way down to 0.
+    # Few steps from scratch: one high learning rate for all parameters, which falls to 0.
     optimizer=OptimizerConfig(
         lr=7e-4,
         backbone_lr=7e-4,

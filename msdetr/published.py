@@ -1,28 +1,28 @@
-"""The command lines of the published code, as configurations of ours.
+"""Conversion of the published code's command lines to configurations.
 
-Checkpoints of the published code carry the arguments of the run that wrote them and nothing else
-about the model. This module turns those arguments, or a flag list, into a `RunConfig`.
+Checkpoints of the published code describe the model only by the arguments of their run. This module
+converts those arguments, or a list of flags, to a `RunConfig`.
 
 Three command lines exist: `ms-detr` (the MS-DETR tree), `ms-detr-impl-a` (its implementation (a))
 and `deformable-detr` (the original). Flags that all of them share have the same defaults.
 
-Where the published code and its flags disagree, this is what is done here:
+Where the published code and its flags disagree:
 
 - `--o2m_matcher_threshold`, `--o2m_matcher_k` and `--use_indices_merge` never reach the published
-  criterion, which always uses 0.4, 6 and no merging. So does the configuration, with a warning:
-  it says what the published run did. `AssignmentConfig` has working fields for all three.
-- `--mixed_selection` without `--two_stage`, and `--use_aux_ffn` without `--use_ms_detr`, change
-  nothing there; `--look_forward_twice` without `--with_box_refine` crashes there. They are dropped
-  with a warning.
-- One-stage MS-DETR and `--two_stage` without `--with_box_refine` crash there and are built here.
+  criterion, which always uses 0.4, 6 and no merging. The configuration has these values too, with
+  a warning, because the published run did. `AssignmentConfig` has working fields for all three.
+- `--mixed_selection` without `--two_stage`, and `--use_aux_ffn` without `--use_ms_detr`, have
+  no effect there; `--look_forward_twice` without `--with_box_refine` crashes there. They are
+  dropped with a warning.
+- One-stage MS-DETR and `--two_stage` without `--with_box_refine` crash there and work here.
 - `--focal_alpha` changes the loss only; the matching cost keeps 0.25.
 - `--no_aux_loss` also removes the encoder's loss in `deformable-detr`, and only there.
-- `--batch_size` counts the images of one process, `TrainConfig.batch_size` those of all: it is
-  multiplied by the `world_size` of the run where its arguments tell it, otherwise by the number
-  of processes of the published recipes (`PUBLISHED_NUM_PROCESSES`).
-- `--resume` becomes `weights`: the published optimizer state is not carried over.
+- `--batch_size` counts the images of one process, `TrainConfig.batch_size` those of all. It is
+  multiplied by the `world_size` of the arguments where they have one, otherwise by the number of
+  processes of the published recipes (`PUBLISHED_NUM_PROCESSES`).
+- `--resume` becomes `weights`: the published optimizer state is not loaded.
 - `--device cuda`, the default, becomes `auto`, so that a checkpoint loads on any machine.
-- `IGNORED_FLAGS` have no counterpart; it says why.
+- `IGNORED_FLAGS` have no counterpart; the reasons are given there.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ _RUNTIME_ATTRIBUTES = frozenset(
         "world_size",
     }
 )
-"""What the published code adds to its arguments while it runs."""
+"""Attributes that the published code adds to its arguments at run time."""
 
 
 def config_from_published_args(
@@ -199,12 +199,12 @@ def config_from_published_args(
     implementation: Implementation | None = None,
     overrides: Mapping[str, object] | None = None,
 ) -> RunConfig:
-    """The configuration that means what these published arguments mean.
+    """The configuration with the meaning of these published arguments.
 
     Args:
         args: the `args` of a published checkpoint, or a list of flags such as
             `["--two_stage", "--num_queries", "300"]`. Absent arguments have the published default.
-        implementation: whose command line it is. None infers it from the attributes of a
+        implementation: the command line they belong to. None infers it from the attributes of a
             Namespace (`infer_implementation`) and takes `ms-detr` for a flag list.
         overrides: values by attribute name that replace those of `args`.
 
@@ -241,7 +241,7 @@ def config_from_published_args(
 
 
 def infer_implementation(args: argparse.Namespace) -> Implementation:
-    """Whose arguments these are, told by the flags that only that command line has."""
+    """The command line of these arguments, inferred from the flags that only it has."""
     names = vars(args).keys()
     if names & _MAIN_TREE_FLAGS.keys():
         return "ms-detr"
@@ -251,7 +251,7 @@ def infer_implementation(args: argparse.Namespace) -> Implementation:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports mistakes to the caller instead of ending the process."""
+    """Raises errors instead of ending the process."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"published flags: {message}")
@@ -275,7 +275,7 @@ def _parse_flags(flags: Sequence[str], implementation: Implementation) -> dict[s
 
 
 def _complete(given: Mapping[str, Any], implementation: Implementation) -> argparse.Namespace:
-    """All published arguments, those of the other command lines included at their defaults."""
+    """All published arguments. Those of other command lines have their defaults."""
     known = PUBLISHED_FLAGS[implementation]
     _refuse_unknown(given.keys() - known.keys() - _RUNTIME_ATTRIBUTES, implementation)
     values = {name: flag.default for name, flag in PUBLISHED_FLAGS["ms-detr"].items()}
@@ -397,9 +397,9 @@ def _model_config(values: argparse.Namespace, implementation: Implementation) ->
 
 
 def _effective(values: argparse.Namespace, name: str, *, needs: str) -> bool:
-    """Whether a flag is set and does something; says so where it does nothing."""
+    """Whether a flag is set and has an effect. Warns where it has none."""
     if getattr(values, name) and not getattr(values, needs):
-        logger.warning("%s: dropped, it means nothing without %s", name, needs)
+        logger.warning("%s: dropped, it has no effect without %s", name, needs)
     return bool(getattr(values, name) and getattr(values, needs))
 
 
@@ -420,8 +420,8 @@ def _loss_config(values: argparse.Namespace, implementation: Implementation) -> 
     main = (values.cls_loss_coef, values.bbox_loss_coef, values.giou_loss_coef)
     encoder = (values.enc_cls_loss_coef, values.enc_bbox_loss_coef, values.enc_giou_loss_coef)
     if implementation == "deformable-detr":
-        # Its encoder weights are copies of the main ones, made together with those of the
-        # auxiliary losses: without these, the encoder's losses have no weight.
+        # Its encoder weights are copies of the main ones, made together with those of the auxiliary
+        # losses. Without these, the encoder's losses have no weight.
         encoder = main if values.aux_loss else (0.0, 0.0, 0.0)
     return LossConfig(
         class_weight=main[0],

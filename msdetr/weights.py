@@ -1,7 +1,7 @@
 """Weights files: tensors as safetensors, configuration and label map in the metadata.
 
-A file is complete in itself (the model can be built from it), holds no executable content, and
-appears under its name only once it is whole.
+A file contains everything that is needed to build the model, and no executable content. It appears
+under its name only when it is complete.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from msdetr.config import (
     TrainConfig,
     config_from_dict,
     config_to_dict,
+    parsing,
 )
 from msdetr.model.detector import Detector
 from msdetr.presets import PRESETS
@@ -99,6 +100,22 @@ def test_absent_fields_keep_their_defaults_and_integers_become_floats():
     assert isinstance(config.eval.nms_iou_threshold, float)
 
 
+def test_renamed_fields_are_accepted_with_one_warning(caplog):
+    parsing._warn_renamed.cache_clear()
+    values = {"one_to_many_cost_box": 0.9, "one_to_many_cost_class": 0.1}
+    for _ in range(2):
+        config = config_from_dict(RunConfig, {"assignment": values})
+        assert config.assignment == AssignmentConfig(
+            one_to_many_iou_weight=0.9, one_to_many_class_score_weight=0.1
+        )
+    assert [record.getMessage() for record in caplog.records] == [
+        "the field one_to_many_cost_box is now called one_to_many_iou_weight",
+        "the field one_to_many_cost_class is now called one_to_many_class_score_weight",
+    ]
+    with pytest.raises(ValueError, match="former and its present name"):
+        config_from_dict(AssignmentConfig, values | {"one_to_many_iou_weight": 0.9})
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -143,7 +160,7 @@ def test_values_outside_a_field_s_choices_are_refused(cls, field):
 
 REFUSED = [
     *[
-        (ModelConfig, {name: 0}, f"{name} must be at least 1, got 0")
+        (ModelConfig, {name: 0}, f"{name} must be at least 1 and finite, got 0")
         for name in (
             "hidden_dim",
             "num_heads",
@@ -172,7 +189,7 @@ REFUSED = [
     (AssignmentConfig, {"positive_fraction": 1.5}, "positive_fraction must be in"),
     (AssignmentConfig, {"positive_fraction": -0.1}, "positive_fraction must be in"),
     *[
-        (AssignmentConfig, {name: -1.0}, f"{name} must be a finite number of at least 0")
+        (AssignmentConfig, {name: -1.0}, f"{name} must be at least 0 and finite")
         for name in ("cost_class", "cost_bbox", "cost_giou", "encoder_cost_class")
     ],
     (AssignmentConfig, {"cost_bbox": 0.0, "cost_giou": 0.0}, "boxes would not matter"),
@@ -190,22 +207,26 @@ REFUSED = [
     (DataConfig, {"target_buckets": (8, 8)}, "target_buckets must ascend"),
     (DataConfig, {"target_buckets": (16, 8)}, "target_buckets must ascend"),
     (DataConfig, {"crop_min_size": 700}, r"crop_min_size \(700\) exceeds crop_max_size \(600\)"),
-    (DataConfig, {"num_workers": -1}, "num_workers must not be negative"),
-    (DataConfig, {"num_image_buckets": -1}, "num_image_buckets must not be negative, got -1"),
+    (DataConfig, {"num_workers": -1}, "num_workers must be at least 0"),
+    (
+        DataConfig,
+        {"num_image_buckets": -1},
+        "num_image_buckets must be at least 0 and finite, got -1",
+    ),
     (DataConfig, {"cache": "disk"}, "cache must be"),
     *[
-        (OptimizerConfig, {name: -1.0}, f"{name} must be a finite number of at least 0, got -1.0")
+        (OptimizerConfig, {name: -1.0}, f"{name} must be at least 0 and finite, got -1.0")
         for name in ("lr", "backbone_lr", "weight_decay", "clip_grad_norm", "reference_lr_factor")
     ],
     (OptimizerConfig, {"lr_drop_epoch": 0}, "lr_drop_epoch must be at least 1"),
-    (OptimizerConfig, {"warmup_steps": -1}, "warmup_steps must not be negative"),
+    (OptimizerConfig, {"warmup_steps": -1}, "warmup_steps must be at least 0"),
     (TrainConfig, {"accumulation_steps": 0}, "accumulation_steps must be at least 1"),
     (TrainConfig, {"accumulation_steps": 3}, r"batch_size \(16\).*accumulation_steps \(3\)"),
     *[
         (TrainConfig, {"ema_decay": decay}, r"ema_decay must be in \(0, 1\)")
         for decay in (0.0, 1.0, -0.1, float("nan"))
     ],
-    (TrainConfig, {"ema_warmup_steps": -1}, "ema_warmup_steps must be a finite number"),
+    (TrainConfig, {"ema_warmup_steps": -1}, "ema_warmup_steps must be at least 0"),
     (
         RunConfig,
         {
@@ -230,7 +251,7 @@ REFUSED = [
             "checkpoint_every",
         )
     ],
-    (TrainConfig, {"eval_every": -1}, "eval_every must not be negative"),
+    (TrainConfig, {"eval_every": -1}, "eval_every must be at least 0"),
     (EvalConfig, {"batch_size": 0}, "batch_size must be at least 1"),
     (EvalConfig, {"max_detections": 0}, "max_detections must be at least 1"),
     (EvalConfig, {"nms_iou_threshold": 1.2}, "nms_iou_threshold must be in"),

@@ -1,4 +1,4 @@
-"""The whole chain can learn real photographs by heart: COCO images in, COCO scores out."""
+"""The whole pipeline can overfit real photographs, from COCO images to COCO scores."""
 
 from __future__ import annotations
 

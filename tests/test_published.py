@@ -1,4 +1,4 @@
-"""The published command lines become the configurations that they mean."""
+"""The published command lines become configurations with the same meaning."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MODEL_FLAGS = (
 
 
 def golden_models() -> dict[str, dict]:
-    """The JSON of every golden model case there is, by name."""
+    """The JSON of every golden model case, by name."""
     folders = (PROJECT / "tests/golden", PROJECT.parent / "shared/golden")
     contents = {
         path.stem: json.loads(path.read_text()) for d in folders for path in d.glob("*.json")
@@ -55,7 +55,7 @@ MS_DETR_SCRIPT = (
 )
 PLUS = " --dropout 0.0 --mixed_selection --look_forward_twice"
 
-# Preset -> whose command line, and the flags of the published training script.
+# Preset -> implementation, and the flags of the published training script.
 RECIPES: dict[str, tuple[Implementation, str]] = {
     "ms-detr-r50-300": ("ms-detr", MS_DETR_SCRIPT),
     "ms-detr-pp-r50-300": ("ms-detr", MS_DETR_SCRIPT + PLUS),
@@ -141,7 +141,7 @@ def test_every_combination_of_model_flags_builds(implementation):
         assert (model.mixed_selection, model.look_forward_twice) == (mixed, twice)
 
 
-# A value other than the default that is accepted, where it cannot be made up from the type.
+# Accepted values other than the default, where the type does not suggest one.
 OTHER_VALUES = {
     "position_embedding": "learned",
     "backbone": "resnet101",

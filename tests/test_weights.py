@@ -1,4 +1,4 @@
-"""A weights file is complete, readable by anyone, and never half written."""
+"""A weights file is complete, readable by all users, and written atomically."""
 
 from __future__ import annotations
 

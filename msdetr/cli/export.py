@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 class ExportOptions:
     """Write the weights of a checkpoint, whole, into one safetensors file with its configuration.
 
-    Needs one process, whatever number wrote the checkpoint.
+    One process is enough, whatever number of processes wrote the checkpoint.
     """
 
     checkpoint: tyro.conf.Positional[Path]
@@ -27,7 +27,7 @@ class ExportOptions:
     output: Path = Path("weights.safetensors")
     """The file to write; an existing one is replaced."""
     ema: bool = True
-    """Take the averaged weights where the run kept them, else those of its last step."""
+    """Take the EMA weights where the run kept them, else those of its last step."""
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = "msdetr export") -> int:
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "msdetr export")
 
     configure_logging()
     with user_errors():
-        weights = read_weights(options.checkpoint, averaged=options.ema)
+        weights = read_weights(options.checkpoint, ema=options.ema)
         options.output.parent.mkdir(parents=True, exist_ok=True)
         save_weights(options.output, weights.state_dict, weights.config, weights.label_map)
     logger.info("wrote %d tensors to %s", len(weights.state_dict), options.output)

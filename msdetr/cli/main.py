@@ -1,4 +1,4 @@
-"""The console script `msdetr`: one subcommand per tool, each imported when it is asked for."""
+"""The console script `msdetr`: one subcommand per tool, each imported on demand."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from msdetr.version import __version__
 COMMANDS = {
     "train": "train a detector from a preset",
     "evaluate": "score a detector on a data set with COCO metrics",
-    "predict": "detect in images, draw and list what was found",
+    "predict": "detect objects in images, draw and list them",
     "export": "write the weights of a checkpoint into one file",
-    "doctor": "check a data set before hours are spent on it",
+    "doctor": "check a data set before training",
     "demo": "train, evaluate and draw on a small generated data set",
 }
 

@@ -1,6 +1,6 @@
-"""What the command-line tools share: options from dataclasses, errors, logging.
+"""Shared code of the command-line tools: options from dataclasses, errors, logging.
 
-Imports no torch, so that `--help` and mistyped options answer at once.
+Does not import torch, so that `--help` and errors in options respond at once.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import NoReturn, TypeVar
@@ -17,12 +16,10 @@ import tyro
 from tqdm import tqdm
 
 from msdetr.config import RunConfig
+from msdetr.config.parsing import current_name
 from msdetr.presets import PRESETS
 
 T = TypeVar("T")
-
-_SHORT_OPTION = re.compile(r"^--compile(=.*)?$")
-"""`--compile off` for `--compile.mode off`."""
 
 USAGE_ERROR = 2
 """Exit status of a command whose options or files are wrong."""
@@ -58,7 +55,7 @@ def parse_preset(arguments: Sequence[str], *, prog: str) -> RunConfig:
         preset = PRESETS[name]
         return parse_options(
             RunConfig,
-            [_SHORT_OPTION.sub(r"--compile.mode\1", argument) for argument in arguments[1:]],
+            [_current_option(argument) for argument in arguments[1:]],
             prog=f"{prog} {name}",
             default=preset.config,
             description=f"Train {preset.description}.",
@@ -73,10 +70,22 @@ def parse_preset(arguments: Sequence[str], *, prog: str) -> RunConfig:
     exit_with_error(f"{problem}; known are\n\n{_preset_list()}\n\n{usage.rstrip()}")
 
 
+def _current_option(argument: str) -> str:
+    """An argument with the present name of its option: `--compile off` is `--compile.mode off`, and
+    the names of renamed fields are replaced."""
+    option, equals, value = argument.partition("=")
+    if option == "--compile":
+        option = "--compile.mode"
+    section, dot, field = option.rpartition(".")
+    if section.startswith("--"):
+        field = current_name(field.replace("-", "_")).replace("_", "-")
+    return f"{section}{dot}{field}{equals}{value}"
+
+
 def option_value(arguments: Sequence[str], name: str) -> str | None:
     """The value of option `name` in `--name value` or `--name=value`; None where it is absent.
 
-    For options that decide the defaults of the others.
+    For options that determine the defaults of others.
     """
     for position, argument in enumerate(arguments):
         if argument == name and position + 1 < len(arguments):
@@ -87,7 +96,7 @@ def option_value(arguments: Sequence[str], name: str) -> str | None:
 
 
 def exit_with_error(message: str) -> NoReturn:
-    """Say what is wrong on stderr, and end the process with status 2."""
+    """Print an error on stderr, and end the process with status 2."""
     rank = "" if _is_main_process() else f"rank {os.environ['RANK']}: "
     print(f"{rank}error: {message}", file=sys.stderr)
     raise SystemExit(USAGE_ERROR)
@@ -95,7 +104,7 @@ def exit_with_error(message: str) -> NoReturn:
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Report ValueError and OSError, which name what the user can change, without a traceback."""
+    """Report ValueError and OSError, which are errors of the user, without a traceback."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -104,7 +113,7 @@ def user_errors() -> Iterator[None]:
 
 
 def configure_logging(*, is_main: bool = True) -> None:
-    """Log plain lines to stdout, from INFO on; from ranks other than 0 only warnings, to stderr."""
+    """Log plain lines from INFO on to stdout; on other ranks than 0 only warnings, to stderr."""
     handler = _ConsoleHandler(to_stdout=is_main)
     rank = "" if is_main else f"rank {os.environ.get('RANK', '?')}: "
     handler.setFormatter(logging.Formatter(f"{rank}%(message)s"))
@@ -114,7 +123,7 @@ def configure_logging(*, is_main: bool = True) -> None:
 
 
 class _ConsoleHandler(logging.Handler):
-    """Writes around progress bars instead of through them."""
+    """Writes lines without breaking progress bars."""
 
     def __init__(self, *, to_stdout: bool) -> None:
         super().__init__()

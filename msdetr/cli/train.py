@@ -17,11 +17,11 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "msdetr train") 
     """Train, and return the exit status: 0, or 1 where a loss or gradient was not finite or the
     model could not be compiled.
 
-    Options and files that are wrong end the process with status 2.
+    Wrong options and files end the process with status 2.
     """
     config = parse_preset(sys.argv[1:] if arguments is None else arguments, prog=prog)
     tune_cpu_environment()
-    # torch takes seconds to import: mistyped options and --help need not wait for it.
+    # Importing torch takes seconds, which --help and errors in options do not need.
     from msdetr.engine.compile import CompileError
     from msdetr.engine.distributed import worker_from_environment
     from msdetr.engine.finite import NonFiniteError

@@ -1,11 +1,10 @@
-"""Checkpoints of a run: written whole or not at all, the newest few kept, read safely.
+"""Checkpoints of a run: atomic writes, a bounded number of files, safe reads.
 
-A checkpoint is a folder, `<run folder>/checkpoints/step-00001234`, of the tensors as
-`msdetr.engine.tensor_files` writes them and of `checkpoint.json`, which holds everything else. It
-is the same whether the run had one process or many, whole copies of the model or shards, and any
-of these can go on from it. Ranks write it under a temporary name; rank 0 renames it once all of it
-is on the disk, so that a folder of the final name is complete whatever happens meanwhile. There is
-nothing in it that could be executed.
+A checkpoint is a folder, `<run folder>/checkpoints/step-00001234`. It holds the tensors, as written
+by `msdetr.engine.tensor_files`, and everything else in `checkpoint.json`. Its content does not
+depend on the number of processes or on sharding, so that any run can continue from it. All ranks
+write it under a temporary name. Rank 0 renames it when all files are on the disk, so that a folder
+with the final name is always complete. It holds no executable content.
 
 Earlier versions wrote one file, `step-00001234.pt`. It is read with `weights_only=True`.
 """
@@ -44,26 +43,26 @@ _FORMAT = "msdetr checkpoint 2"
 _NAME = re.compile(r"step-(\d{8,})(\.pt)?")
 _PARTIAL = ".partial"
 
-# Tensors are named by what they belong to: `model.NAME`, `average.NAME`, `optimizer.NAME.KEY`.
-MODEL, AVERAGE, OPTIMIZER = "model.", "average.", "optimizer."
+# Prefixes of the tensors' names: `model.NAME`, `average.NAME`, `optimizer.NAME.KEY`.
+MODEL, EMA, OPTIMIZER = "model.", "average.", "optimizer."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run stands: everything but its tensors."""
+    """Everything in a checkpoint apart from the tensors."""
 
     step: int
     """Optimizer steps done."""
     epoch: int
     """Epochs done."""
     steps_per_epoch: int
-    """Steps of one epoch; with `step` it says which images come next."""
+    """Steps of one epoch. With `step`, this determines the next images."""
     config: dict[str, Any]
     """The resolved `RunConfig` as plain types."""
     label_map: dict[str, Any]
     """The `LabelMap` as plain types."""
     world_size: int
-    """Processes that wrote it."""
+    """Number of processes that wrote it."""
 
     @property
     def run_config(self) -> RunConfig:
@@ -73,24 +72,24 @@ class Progress:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An open checkpoint. Its tensors are read when they are asked for."""
+    """An open checkpoint. Its tensors are read on demand."""
 
     path: Path
     """The folder, or the file of an earlier version."""
     progress: Progress
-    """Everything but the tensors."""
+    """Everything apart from the tensors."""
     tensors: TensorSource
-    """Weights, their averages where the run kept them, and optimizer state."""
+    """Weights, EMA weights where the run kept them, and optimizer state."""
 
     @property
-    def has_averages(self) -> bool:
-        """Whether the run kept a running average of its weights."""
-        return any(name.startswith(AVERAGE) for name in self.tensors.index)
+    def has_ema(self) -> bool:
+        """Whether the run kept EMA weights."""
+        return any(name.startswith(EMA) for name in self.tensors.index)
 
-    def weights(self, *, averaged: bool = True) -> dict[str, Tensor]:
-        """The model's state dict on the CPU; with `averaged`, the averages where there are any."""
+    def weights(self, *, ema: bool = True) -> dict[str, Tensor]:
+        """The model's state dict on the CPU; with `ema`, the EMA weights where there are any."""
         weights = read_tensors(self.tensors, MODEL)
-        return weights | read_tensors(self.tensors, AVERAGE) if averaged else weights
+        return weights | read_tensors(self.tensors, EMA) if ema else weights
 
 
 def checkpoint_path(run_folder: Path, step: int) -> Path:
@@ -118,15 +117,15 @@ def save_checkpoint(
     All ranks call it; they share the run folder.
 
     Args:
-        tensors: sharded, or the same on every rank; named as said at `MODEL`.
+        tensors: sharded, or the same on every rank; named with the prefixes above.
         progress: the same on every rank.
-        run_folder: its `checkpoints` folder is made.
+        run_folder: its `checkpoints` folder is created.
         worker: this process.
         keep: at least 1.
 
     Raises:
-        OSError: the disk refuses, or the ranks write to different disks. Older checkpoints are
-            untouched.
+        OSError: writing failed, or the ranks write to different disks. Older checkpoints remain
+            unchanged.
     """
     path = checkpoint_path(run_folder, progress.step)
     partial = path.with_name(path.name + _PARTIAL)
@@ -142,7 +141,7 @@ def save_checkpoint(
             _delete(path)
         partial.replace(path)
         sync_folder(path.parent)
-        # Those of later steps are unreadable ones that a resumed run has skipped: not its own.
+        # Later steps are unreadable checkpoints that a resumed run has skipped. They stay.
         own = [p for step, p in find_checkpoints(run_folder) if step <= progress.step]
         for old in own[:-keep]:
             _delete(old)
@@ -150,12 +149,12 @@ def save_checkpoint(
 
 
 def _finish(tensors: Mapping[str, Tensor], progress: Progress, folder: Path) -> None:
-    """Check that the files of all ranks are there, and list them."""
+    """Check that the files of all ranks are present, and list them."""
     written = _open_folder(folder).index
     if {name: x.shape for name, x in tensors.items()} != {n: x.shape for n, x in written.items()}:
         raise OSError(
-            f"{folder} lacks what other processes have written: the run folder (output) must be on "
-            "a disk that all machines share"
+            f"{folder} lacks the files of other processes: the run folder (output) must be on a "
+            "disk that all machines share"
         )
     files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
     content = {"format": _FORMAT, **vars(progress), "files": files}
@@ -167,11 +166,11 @@ def _open_folder(folder: Path) -> TensorFolder:
     try:
         return TensorFolder(folder)
     except ValueError as error:
-        raise OSError(f"what was just written cannot be read: {error}") from error
+        raise OSError(f"the checkpoint just written cannot be read: {error}") from error
 
 
 def _delete(path: Path) -> None:
-    """Delete a checkpoint; what is killed meanwhile does not leave a part under its name."""
+    """Delete a checkpoint. An interruption leaves no incomplete one under its name."""
     if path.is_file():
         path.unlink()
         return
@@ -218,8 +217,8 @@ def _load_file(path: Path) -> Checkpoint:
     """A checkpoint of an earlier version."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever its unpickler stumbles over
-        # Its message is not passed on: it recommends to read the file unsafely.
+    except Exception as error:  # The unpickler raises exceptions of many kinds.
+        # Its message is left out: it recommends to read the file unsafely.
         raise ValueError(
             f"{path} is not a readable checkpoint: it is damaged, or holds more than tensors and "
             "plain values"
@@ -246,36 +245,38 @@ def optimizer_tensors(states: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def load_newest_checkpoint(run_folder: Path) -> Checkpoint | None:
-    """The newest readable checkpoint of a run; unreadable ones are warned about and passed over.
+    """The newest readable checkpoint of a run. Unreadable ones are skipped with a warning.
 
     None where the run has no checkpoint.
 
     Raises:
         ValueError: there are checkpoints, and none can be read.
     """
-    found = find_checkpoints(run_folder)
-    for step, path in reversed(found):
+    checkpoints = find_checkpoints(run_folder)
+    for step, path in reversed(checkpoints):
         try:
             return load_checkpoint(path)
         except (ValueError, OSError) as error:
-            logger.warning("PASSING OVER THE CHECKPOINT OF STEP %d: %s", step, error)
-    if found:
-        raise ValueError(f"none of the {len(found)} checkpoints under {run_folder} can be read")
+            logger.warning("SKIPPING THE CHECKPOINT OF STEP %d: %s", step, error)
+    if checkpoints:
+        raise ValueError(
+            f"none of the {len(checkpoints)} checkpoints under {run_folder} can be read"
+        )
     return None
 
 
 def check_resumable(
     checkpoint: Checkpoint, config: RunConfig, *, steps_per_epoch: int, label_map: dict[str, Any]
 ) -> None:
-    """Compare a checkpoint with the run that is to continue it; other changes are logged.
+    """Compare a checkpoint with the run that continues it. Harmless changes are logged.
 
     Raises:
         ValueError: the model, the classes, or the number of steps per epoch differ.
     """
     progress = checkpoint.progress
-    # Fields that its version did not have yet get their defaults.
+    # Fields that are newer than the checkpoint have their defaults.
     before, now = config_to_dict(progress.run_config), config_to_dict(config)
-    # Where the first weights came from no longer matters.
+    # The source of the initial weights no longer matters.
     model_fields = {f.name for f in dataclasses.fields(ModelConfig)} - {"backbone_weights"}
     changed = [
         f"model.{name} was {before['model'][name]!r}, is {now['model'][name]!r}"

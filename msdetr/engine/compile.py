@@ -1,9 +1,10 @@
-"""Compilation of the training step, part by part, by `torch.compile`.
+"""Compilation of the training step by `torch.compile`, region by region.
 
-A part is a method that compiles into one graph (`fullgraph`): a graph break is an error, never a
-slower step. Layers of one kind share their graphs, so a shape costs one compilation per kind of
-part, not per layer. Shapes are static; of the criterion alone, the graphs soon serve any number of
-targets and tokens. Distributed wrappers and activation checkpointing stay outside of the graphs.
+A region is a method that compiles into one graph (`fullgraph`), so that a graph break is an error
+and not a slower step. Layers of one kind share their graphs: a new shape costs one compilation per
+kind of region, not per layer. Shapes are static, except in the criterion, whose graphs soon accept
+any number of targets and tokens. Distributed wrappers and activation checkpointing stay outside of
+the graphs.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from msdetr.config import CompileConfig
 from msdetr.model.detector import Detector
 from msdetr.supervision.criterion import Criterion
 
-_MOST_GRAPHS = 4096
-"""Graphs of one method. Beyond its own, low limit torch would stop compiling."""
+_MAX_GRAPHS = 4096
+"""Graphs of one method. Torch's own limit is low, and it stops compiling beyond it."""
 
 
 class CompileError(RuntimeError):
-    """Part of the model cannot be compiled here; says why, and how to train without."""
+    """The model cannot be compiled here. The message says why, and how to train without."""
 
 
-class Part(NamedTuple):
+class Region(NamedTuple):
     """A method that compiles into one graph."""
 
     owner: nn.Module
@@ -41,30 +42,30 @@ def is_compiled(config: CompileConfig, device: torch.device) -> bool:
     return config.mode == "on" or (config.mode == "auto" and device.type == "cuda")
 
 
-def parts(model: Detector, criterion: Criterion) -> list[Part]:
-    """The compiled parts of a training step, in the order in which they run."""
+def compiled_regions(model: Detector, criterion: Criterion) -> list[Region]:
+    """The compiled regions of a training step, in the order in which they run."""
     return [
-        Part(model, "normalize"),
-        Part(model.backbone, "forward"),
-        Part(model, "flatten"),
-        Part(model.encoder, "reference_points"),
-        *(Part(layer, "forward") for layer in model.encoder.layers),
-        Part(model.query_selection, "forward"),
-        *(Part(layer, "forward") for layer in model.decoder.layers),
-        Part(model.decoder, "predict"),
-        Part(criterion, "forward", dynamic=None),
+        Region(model, "normalize"),
+        Region(model.backbone, "forward"),
+        Region(model, "flatten"),
+        Region(model.encoder, "reference_points"),
+        *(Region(layer, "forward") for layer in model.encoder.layers),
+        Region(model.query_selection, "forward"),
+        *(Region(layer, "forward") for layer in model.decoder.layers),
+        Region(model.decoder, "predict"),
+        Region(criterion, "forward", dynamic=None),
     ]
 
 
 def compile_step(model: Detector, criterion: Criterion, *, backend: str = "inductor") -> None:
-    """Compile all `parts` in place: each when it first meets a shape.
+    """Compile all regions in place, each at its first call with a new shape.
 
-    Names of parameters and modules do not change. Evaluation mode is a shape of its own.
+    Names of parameters and modules do not change. Evaluation mode counts as another shape.
     """
-    # Layers share code and with it a limit, which is meant for graphs that differ by accident.
-    torch._dynamo.config.recompile_limit = _MOST_GRAPHS
-    torch._dynamo.config.accumulated_recompile_limit = _MOST_GRAPHS
-    for owner, method, dynamic in parts(model, criterion):
+    # Layers share their code and its limit, which is meant for unintended recompilations.
+    torch._dynamo.config.recompile_limit = _MAX_GRAPHS
+    torch._dynamo.config.accumulated_recompile_limit = _MAX_GRAPHS
+    for owner, method, dynamic in compiled_regions(model, criterion):
         compiled = torch.compile(
             getattr(owner, method), fullgraph=True, dynamic=dynamic, backend=backend
         )
@@ -77,15 +78,14 @@ def num_graphs() -> int:
 
 
 def eager_code() -> contextlib.AbstractContextManager[None]:
-    """A context in which compiled parts run as they are written: for the many shapes and the few
-    passes of an evaluation."""
+    """A context in which compiled regions run eagerly, for the many shapes of an evaluation."""
     stance: contextlib.AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
     return stance
 
 
 @contextlib.contextmanager
 def explain_compile_errors() -> Iterator[None]:
-    """Turn what `torch.compile` raises in this context into a `CompileError`."""
+    """Turn the errors of `torch.compile` in this context into a `CompileError`."""
     try:
         yield
     except torch._dynamo.exc.TorchDynamoException as error:

@@ -1,12 +1,12 @@
-"""The training step as CUDA graphs: recorded once per shape, then replayed without the host.
+"""The training step as CUDA graphs: captured once per shape, then replayed without host work.
 
-Two functions are recorded: forward and backward of a micro-batch, one graph per shape, and the
-update, one graph in all. They meet in the gradients, which lie in one buffer at a fixed address, so
-that micro-batches of different shapes add up in it. All graphs share one pool of memory: what one
-leaves there, the next may overwrite, so that results are copied out at once.
+Two functions are captured: forward and backward of a micro-batch, with one graph per shape, and the
+update, with one graph. They share the gradients, which lie in one buffer at a fixed address, so
+that micro-batches of different shapes accumulate in it. All graphs share one memory pool. A replay
+may overwrite the results of another graph, so that results are copied at once.
 
-Between several processes the buffer is averaged by one all-reduce between the graphs instead of
-DDP's buckets, which would be captured with each shape and could not differ between ranks.
+With several processes, one all-reduce between the graphs averages the buffer. DDP's buckets would
+be captured with each shape, and ranks could not have different shapes.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ T = TypeVar("T")
 Replay = Callable[[], None]
 
 
-class Recorder(Protocol):
-    """Records functions that read and write tensors at fixed addresses."""
+class Capture(Protocol):
+    """Captures functions that read and write tensors at fixed addresses."""
 
     def __call__(self, function: Callable[[], T], /) -> tuple[Replay, T]:
-        """What runs the function again, and its result, which is valid after that."""
+        """A function that replays the captured one, and the result, which each replay writes."""
 
 
 _WARM_UP_RUNS = 2
 
 
 class _MicroBatch(NamedTuple):
-    """A recorded forward and backward pass."""
+    """A captured forward and backward pass."""
 
     inputs: list[Tensor]
     replay: Replay
@@ -56,7 +56,7 @@ class GradientBuffer:
         for parameter in parameters:
             if parameter.dtype != torch.float32:
                 raise ValueError(f"gradients are float32, a parameter is {parameter.dtype}")
-            # A dense layout of any order (channels_last) fills as many elements as it has.
+            # A dense layout in any order of dimensions (channels_last) takes `numel` elements.
             parameter.grad = self.flat.as_strided(parameter.shape, parameter.stride(), offset)
             offset += parameter.numel()
 
@@ -68,7 +68,7 @@ class GradientBuffer:
 
 
 class StepGraphs:
-    """Replays a step's two functions. They are called for real until they can be recorded."""
+    """Replays the two functions of a step. The first call of each shape captures it."""
 
     def __init__(
         self,
@@ -78,59 +78,54 @@ class StepGraphs:
         worker: Worker,
         generator: torch.Generator,
         *,
-        record: Recorder | None = None,
+        capture: Capture | None = None,
     ) -> None:
-        """Take the functions.
+        """Store the functions.
 
         Args:
             forward_backward: adds the gradients of a micro-batch to those of the parameters.
-            update: moves the weights, and sets the gradients to zero in place.
-            parameters: all that are trained.
+            update: updates the weights, and sets the gradients to zero in place.
+            parameters: all trained parameters.
             worker: this process.
-            generator: what `forward_backward` draws from besides the device's default.
-            record: how functions are recorded; default: as a CUDA graph.
+            generator: used by `forward_backward`, besides the device's default generator.
+            capture: how functions are captured; default: as a CUDA graph.
         """
         self.gradients = GradientBuffer(parameters)
         self._forward_backward = forward_backward
         self._update = update
         self._worker = worker
         self._generator = generator
-        self._record: Recorder = record or CudaRecorder(worker.device, generator)
+        self._capture: Capture = capture or CudaCapture(worker.device, generator)
         self._micro_batches: dict[tuple[torch.Size, ...], _MicroBatch] = {}
         self._updates = 0
-        self._recorded_update: tuple[Replay, Tensor] | None = None
-
-    @property
-    def num_shapes(self) -> int:
-        """Shapes recorded so far."""
-        return len(self._micro_batches)
+        self._captured_update: tuple[Replay, Tensor] | None = None
 
     def forward_backward(self, batch: Batch, num_targets: Tensor) -> LossOutput:
-        """As the recorded function."""
+        """Replay the function of the same name."""
         values = [*batch.images, *batch.targets, num_targets]
         key = tuple(value.shape for value in values)
         if key not in self._micro_batches:
-            self._micro_batches[key] = self._record_micro_batch(batch, values)
-        recorded = self._micro_batches[key]
-        for tensor, value in zip(recorded.inputs, values, strict=True):
+            self._micro_batches[key] = self._capture_micro_batch(batch, values)
+        captured = self._micro_batches[key]
+        for tensor, value in zip(captured.inputs, values, strict=True):
             tensor.copy_(value)
-        recorded.replay()
-        total, terms = recorded.losses
+        captured.replay()
+        total, terms = captured.losses
         return LossOutput(total.clone(), {name: term.clone() for name, term in terms.items()})
 
     def update(self) -> Tensor:
-        """As the recorded function, with the gradients averaged over ranks before it."""
+        """Average the gradients over ranks, then replay the function of the same name."""
         self.gradients.average_over_ranks(self._worker)
         self._updates += 1
-        if self._updates == 1:  # The optimizer makes its state.
+        if self._updates == 1:  # The optimizer creates its state.
             return self._update()
-        if self._recorded_update is None:
-            self._recorded_update = self._record(self._update)
-        replay, grad_norm = self._recorded_update
+        if self._captured_update is None:
+            self._captured_update = self._capture(self._update)
+        replay, grad_norm = self._captured_update
         replay()
         return grad_norm.clone()
 
-    def _record_micro_batch(self, batch: Batch, values: list[Tensor]) -> _MicroBatch:
+    def _capture_micro_batch(self, batch: Batch, values: list[Tensor]) -> _MicroBatch:
         inputs = [value.clone() for value in values]
         own = Batch(
             images=ImageBatch(*inputs[:2]),
@@ -142,22 +137,22 @@ class StepGraphs:
         def run() -> LossOutput:
             return self._forward_backward(own, inputs[5])
 
-        # What is compiled, allocated or chosen at first use cannot be while it is recorded. The
-        # runs leave no trace: neither in the gradients nor in what is drawn next.
+        # The first calls compile code, allocate memory and choose algorithms, which a capture does
+        # not allow. They must change neither the gradients nor the random numbers that follow.
         gradients = self.gradients.flat.clone()
-        drawn = self._generator.get_state()
+        generator_state = self._generator.get_state()
         devices = [self._worker.device] if self._worker.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             for _ in range(_WARM_UP_RUNS):
                 run()
-            replay, losses = self._record(run)
-        self._generator.set_state(drawn)
+            replay, losses = self._capture(run)
+        self._generator.set_state(generator_state)
         self.gradients.flat.copy_(gradients)
         return _MicroBatch(inputs, replay, losses)
 
 
-class CudaRecorder:
-    """Records functions as CUDA graphs that share one pool of memory."""
+class CudaCapture:
+    """Captures functions as CUDA graphs that share one memory pool."""
 
     def __init__(self, device: torch.device, generator: torch.Generator) -> None:
         self._generator = generator
@@ -165,15 +160,15 @@ class CudaRecorder:
         self._stream = torch.cuda.Stream(device)
 
     def __call__(self, function: Callable[[], T], /) -> tuple[Replay, T]:
-        """What replays the function, and its result."""
+        """A function that replays the captured one, and the result, which each replay writes."""
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self._generator)
         self._stream.wait_stream(torch.cuda.current_stream())
-        # A Triton kernel that is collected unloads its module, which ends a capture.
+        # Garbage collection of a Triton kernel unloads its module, which would end the capture.
         collects = gc.isenabled()
         gc.disable()
         try:
-            # Threads of the loader may call CUDA meanwhile.
+            # Threads of the loader may call CUDA during the capture.
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):

@@ -1,4 +1,4 @@
-"""Where a step computes: the device, its precision, and moving a batch there."""
+"""The device of a step, its precision, and the transfer of batches to it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def resolve_device(device: Literal["auto", "cpu", "cuda"], local_rank: int = 0) 
     """The torch device of process `local_rank` of this machine.
 
     Raises:
-        ValueError: CUDA is asked for, and this machine has too few devices.
+        ValueError: CUDA is requested, and this machine has too few devices.
     """
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")

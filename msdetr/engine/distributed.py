@@ -1,9 +1,9 @@
-"""The processes of a run: who they are, and what they tell each other.
+"""The processes of a run and their communication.
 
-One process needs no process group. Several are started by `torchrun`, which sets `RANK`,
-`LOCAL_RANK` and `WORLD_SIZE`, and which ends all of them when one fails: an exception here is
-therefore never swallowed, and the process group is only shut down after a clean run (a shutdown
-would wait for ranks that are stuck in a collective).
+A single process needs no process group. Several are started by `torchrun`, which sets `RANK`,
+`LOCAL_RANK` and `WORLD_SIZE`, and ends all of them when one fails. Exceptions are therefore never
+caught here, and the process group is shut down only after a clean run: a shutdown would wait for
+ranks that are blocked in a collective.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Worker:
-    """This process's place among the processes of the run."""
+    """The rank and device of this process."""
 
     device: torch.device
-    """Where this process computes."""
+    """The device of this process."""
     rank: int = 0
     """Number of this process, 0 to `world_size - 1`."""
     world_size: int = 1
-    """Processes of the run."""
+    """Number of processes of the run."""
 
     @property
     def is_main(self) -> bool:
@@ -44,8 +44,8 @@ class Worker:
 def worker_from_environment(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[Worker]:
     """This process's `Worker`, from torchrun's environment; a single process without torchrun.
 
-    Several processes are joined by gloo on the CPU and by NCCL on CUDA (with gloo beside it for
-    what lies on the host, so that long evaluations do not trip NCCL's watchdog).
+    Several processes communicate by gloo on the CPU and by NCCL on CUDA, there with gloo for
+    objects on the host, so that long evaluations do not exceed the timeout of NCCL's watchdog.
 
     Raises:
         ValueError: `device` is `cuda` and there is none (or none for this rank), or torchrun's
@@ -72,8 +72,8 @@ def broadcast_model(model: nn.Module, worker: Worker) -> None:
 
 
 def barrier(worker: Worker) -> None:
-    """Wait until all ranks are here."""
-    all_gather_objects(None, worker)  # on the host, where NCCL has no say
+    """Wait until all ranks have called it."""
+    all_gather_objects(None, worker)  # On the host, without NCCL's timeout.
 
 
 def broadcast_object(value: T, worker: Worker) -> T:
@@ -104,7 +104,7 @@ def all_gather_objects(value: T, worker: Worker) -> list[T]:
 
 
 class MeanOverRanks:
-    """The mean of a tensor over ranks, computed while other work goes on."""
+    """The mean of a tensor over ranks, computed asynchronously."""
 
     def __init__(self, value: Tensor, worker: Worker) -> None:
         self._sum = value.clone()

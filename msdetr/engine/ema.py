@@ -1,8 +1,8 @@
-"""The running average of the weights of a run (Polyak averaging, as an exponential moving average).
+"""The exponential moving average (EMA) of the weights of a run.
 
-The average a of the weights w moves after every step: a <- a + (1 - d) (w - a). Its decay d grows
-from 0 to `decay` as `decay * (1 - exp(-step / warmup_steps))`, so that the average soon forgets the
-initial weights. It is a function of the step: nothing but the averages needs to be saved.
+The EMA weights a follow the weights w after every step: a <- a + (1 - d) (w - a). The decay d grows
+from 0 to `decay` as `decay * (1 - exp(-step / warmup_steps))`, so that the initial weights are soon
+forgotten. The decay is a function of the step, so that a checkpoint need not hold it.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from torch import Tensor, nn
 from msdetr.engine.parallel import local_tensor
 
 
-class WeightAverage:
-    """Averages of a model's trainable parameters, in float32, each sharded as its parameter is.
+class WeightEMA:
+    """EMA of a model's trainable parameters, in float32, each sharded as its parameter is.
 
-    What is not trained (frozen parameters, buffers) never changes and needs no average.
+    Frozen parameters and buffers never change, and have no EMA.
     """
 
     def __init__(self, model: nn.Module, *, decay: float, warmup_steps: int) -> None:
         """Start from the current weights of `model`."""
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.averages = {name: p.detach().clone() for name, p in self._parameters.items()}
-        """By parameter name; may be written into, to go on from a checkpoint."""
+        self.weights = {name: p.detach().clone() for name, p in self._parameters.items()}
+        """EMA weights by parameter name. Loading a checkpoint writes into them."""
         self._decay = decay
         self._warmup_steps = warmup_steps
         device = next(iter(self._parameters.values())).device
-        self._weight = torch.zeros((), device=device)
+        self._one_minus_decay = torch.zeros((), device=device)
 
     def decay_at(self, step: int) -> float:
         """The decay of the update after `step` steps (1 is the first)."""
@@ -40,28 +40,27 @@ class WeightAverage:
         return self._decay * (1.0 - math.exp(-step / self._warmup_steps))
 
     def set_step(self, step: int) -> None:
-        """Take the decay of `step` for the next update."""
-        self._weight.fill_(1.0 - self.decay_at(step))
+        """Use the decay of `step` in the next update."""
+        self._one_minus_decay.fill_(1.0 - self.decay_at(step))
 
     @torch.no_grad()
     def update(self, finite: Tensor) -> None:
-        """Move the averages towards the weights, unless `finite` (0-dim bool, on the device) is
-        False."""
-        # The weight is on the device, where `finite` is: `_foreach_lerp_` takes it from the host.
-        weight = torch.where(finite, self._weight, 0.0)
-        averages = [local_tensor(average) for average in self.averages.values()]
+        """Move the EMA weights towards the weights if `finite` (0-dim bool, on the device)."""
+        # A product on the device, because `_foreach_lerp_` takes its factor from the host.
+        factor = torch.where(finite, self._one_minus_decay, 0.0)
+        averages = [local_tensor(average) for average in self.weights.values()]
         steps = torch._foreach_sub(list(map(local_tensor, self._parameters.values())), averages)
-        torch._foreach_mul_(steps, weight)
+        torch._foreach_mul_(steps, factor)
         torch._foreach_add_(averages, steps)
 
     def restart(self) -> None:
-        """Take the current weights as the averages."""
+        """Set the EMA weights to the current weights."""
         for name, parameter in self._parameters.items():
-            self.averages[name].copy_(parameter.detach())
+            self.weights[name].copy_(parameter.detach())
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """The model computes with the averages in this context, with its own weights after it."""
+        """Let the model use the EMA weights in this context."""
         self._exchange()
         try:
             yield
@@ -71,7 +70,7 @@ class WeightAverage:
     @torch.no_grad()
     def _exchange(self) -> None:
         for name, parameter in self._parameters.items():
-            weight, average = local_tensor(parameter), local_tensor(self.averages[name])
+            weight, average = local_tensor(parameter), local_tensor(self.weights[name])
             saved = weight.clone()
             weight.copy_(average)
             average.copy_(saved)

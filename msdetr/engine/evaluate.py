@@ -11,7 +11,7 @@ from torch import nn
 from msdetr.config import EvalConfig
 from msdetr.engine.device import autocast, to_device
 from msdetr.engine.distributed import Worker, gather_objects
-from msdetr.engine.metrics import progress
+from msdetr.engine.metrics.progress import progress
 from msdetr.evaluation.coco_eval import CocoEvaluator, CocoResult
 from msdetr.evaluation.postprocess import postprocess
 from msdetr.structures import Batch

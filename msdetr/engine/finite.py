@@ -1,10 +1,10 @@
 """Detection of non-finite losses and gradients without a host read in every step.
 
-`FiniteCheck.record` notes on the device which step was the first bad one. `FiniteCheck.verify`
-reads that, agrees with the other ranks, and raises. On the CPU reading is free and the trainer
-verifies in every step; on CUDA when it logs, and always before a checkpoint or an evaluation.
-`guard_update` makes the fused optimizer skip, on the device, every step whose gradient is not
-finite, so the weights stay clean until then.
+`FiniteCheck.record` stores on the device the number of the first bad step. `FiniteCheck.verify`
+reads it, compares it between ranks, and raises. On the CPU, where reading costs nothing, the
+trainer verifies in every step. On CUDA it verifies when it logs, and before each checkpoint and
+evaluation. `guard_update` makes the fused optimizer skip, on the device, every step whose gradient
+is not finite, so that the weights stay finite until then.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NEVER = 2**62
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or a gradient is NaN or infinite. Names the step, the ranks and the images."""
+    """A loss or a gradient is NaN or infinite. The message names step, ranks and images."""
 
 
 class FiniteCheck:
@@ -33,7 +33,7 @@ class FiniteCheck:
         self._image_ids: dict[int, Tensor] = {}
 
     def record(self, step: int, loss: Tensor, grad_norm: Tensor, image_ids: Tensor) -> None:
-        """Note step `step` (1 is the first): 0-dim `loss` and `grad_norm`, host `image_ids` [B]."""
+        """Record a step, from 1: 0-dim `loss` and `grad_norm`, `image_ids` [B] on the host."""
         bad = ~torch.stack((torch.isfinite(loss.detach()), torch.isfinite(grad_norm)))
         self._first_bad = torch.where(bad, self._first_bad.clamp(max=step), self._first_bad)
         self._image_ids[step] = image_ids
@@ -59,19 +59,20 @@ class FiniteCheck:
 def guard_update(optimizer: Optimizer, finite: Tensor) -> None:
     """Make a fused optimizer skip its next step, on the device, unless `finite` (0-dim bool).
 
-    `found_inf` is how torch's gradient scaler tells fused optimizers about overflow; they leave
-    weights and state untouched where it is 1.
+    Fused optimizers leave weights and state unchanged where their `found_inf` is 1. Torch's
+    gradient scaler sets it after an overflow.
     """
     optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
 
 
 def _describe(step: int, ranks: list[tuple[bool, list[int]]]) -> str:
     culprits = [rank for rank, (loss_is_bad, _) in enumerate(ranks) if loss_is_bad]
-    what = "loss" if culprits else "gradient"
+    quantity = "loss" if culprits else "gradient"
     involved = culprits or range(len(ranks))
     images = "; ".join(f"rank {rank}: image ids {ranks[rank][1]}" for rank in involved)
     return (
-        f"the {what} of step {step} is not finite ({images}). It did not reach the weights, and "
-        "the last checkpoint is untouched. A lower --optimizer.lr, more --optimizer.warmup-steps "
-        "or --train.precision float32 may help; `msdetr doctor` checks the data"
+        f"the {quantity} of step {step} is not finite ({images}). It did not reach the weights, "
+        "and the last checkpoint is unchanged. A lower --optimizer.lr, more "
+        "--optimizer.warmup-steps or --train.precision float32 may help; `msdetr doctor` checks "
+        "the data"
     )

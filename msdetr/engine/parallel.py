@@ -1,7 +1,7 @@
-"""How the processes of a run share a model: whole copies (DDP) or shards of it (FSDP2).
+"""How the processes of a run share a model: as whole copies (DDP) or as shards (FSDP2).
 
-Both give the gradient of the mean over ranks of the ranks' losses, and compute in the same
-precision: parameters and gradients are float32, and autocast chooses what is computed in bfloat16.
+Both compute the gradient of the mean of the ranks' losses, in the same precision: parameters and
+gradients are float32, and autocast chooses the operations that run in bfloat16.
 
 Shards (`fully_shard`, the second stage of ZeRO, Rajbhandari et al., arXiv:1910.02054): parameters,
 gradients and optimizer state are divided over the ranks. Parameters are gathered for the forward
@@ -33,12 +33,12 @@ logger = logging.getLogger(__name__)
 
 
 def distribute(model: Detector, worker: Worker, parallel: Literal["ddp", "fsdp"]) -> nn.Module:
-    """What to call in training: its backward pass averages the gradients over ranks.
+    """The module to call in training. Its backward pass averages the gradients over ranks.
 
     Args:
-        model: with the same weights on every rank. `fsdp` replaces its parameters by shards: take
-            those of the optimizer afterwards.
-        worker: this process; a single one needs nothing.
+        model: with the same weights on every rank. `fsdp` replaces its parameters by shards, so
+            that the optimizer must be built afterwards.
+        worker: this process. A single process gets the model itself.
         parallel: whole copies or shards.
     """
     if worker.world_size == 1:
@@ -56,29 +56,29 @@ def _replicate(model: Detector, worker: Worker) -> nn.Module:
     parameters = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers"
     options[name if name in parameters else "broadcast_buffers"] = False
-    # Every parameter gets a gradient in every step, whatever the targets: nothing to look for.
+    # No `find_unused_parameters`: every parameter has a gradient in every step.
     return DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
 
 
 def _shard(model: Detector, worker: Worker) -> nn.Module:
-    # Views among the outputs are a danger to those who write into them. The criterion does not.
+    # The warning is about in-place changes of the outputs. The criterion makes none.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(worker.device.type, (worker.world_size,))
-    # It takes contiguous parameters only. Activations stay channels-last.
+    # FSDP2 needs contiguous parameters. Activations stay channels-last.
     model.to(memory_format=torch.contiguous_format)
-    # Each part is gathered while the one before it computes, and compiles into one graph, which
-    # what contains parts does not. The rest belongs to the whole.
-    for part in (model.backbone, *model.encoder.layers, *model.decoder.layers, model):
-        fully_shard(part, mesh=mesh, reshard_after_forward=False)
+    # Each module is gathered while the one before it computes. Modules that contain sharded ones do
+    # not compile into one graph, so that these have none inside, except the model itself.
+    for module in (model.backbone, *model.encoder.layers, *model.decoder.layers, model):
+        fully_shard(module, mesh=mesh, reshard_after_forward=False)
     return model
 
 
 @contextlib.contextmanager
 def gradient_sync(model: nn.Module, *, enabled: bool) -> Iterator[None]:
-    """A context for forward and backward of what `distribute` gave.
+    """A context for forward and backward of the module of `distribute`.
 
-    Where not `enabled`, gradients stay each rank's own: more micro-batches follow, and the last
-    one's backward pass averages the sum.
+    Where not `enabled`, gradients are only accumulated on each rank: more micro-batches follow, and
+    the backward pass of the last one averages the sum.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
@@ -92,10 +92,10 @@ def gradient_sync(model: nn.Module, *, enabled: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Every rank holds all parameters of the model in this context, where they are sharded.
+    """A context in which every rank holds all parameters of a sharded model.
 
-    Its forward passes then need no other rank: ranks may make different numbers of them. All ranks
-    enter it together.
+    Forward passes then need no communication, so that ranks may run different numbers of them. All
+    ranks enter it together.
     """
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in shards:
@@ -108,10 +108,10 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded. All ranks call it."""
+    """The whole tensor of one that may be sharded. All ranks call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that may be sharded; shares its memory."""
+    """This rank's shard of a tensor that may be sharded; shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -15,19 +15,18 @@ class StepInput(NamedTuple):
     """The micro-batches of a step."""
 
     host: Sequence[Batch]
-    """As loaded."""
+    """On the host, as loaded."""
     device: Sequence[Batch]
-    """The same where they are computed with."""
+    """The same on the device."""
 
 
 def on_device(micro_batches: Sequence[Batch], device: torch.device) -> StepInput:
-    """The input of a step, copied in the order of the current stream's work."""
+    """The input of a step, copied on the current stream."""
     return StepInput(micro_batches, [to_device(batch, device) for batch in micro_batches])
 
 
 def prefetch(steps: Iterable[Sequence[Batch]], device: torch.device) -> Iterator[StepInput]:
-    """The inputs of `steps`. On CUDA each is copied by a stream of its own while the device works
-    on the one before."""
+    """The inputs of `steps`. On CUDA, a separate stream copies each during the step before."""
     if device.type != "cuda":
         yield from (on_device(step, device) for step in steps)
         return
@@ -38,7 +37,7 @@ def prefetch(steps: Iterable[Sequence[Batch]], device: torch.device) -> Iterator
             following = on_device(step, device)
         if ahead is not None:
             yield ahead
-        # Not before the caller has queued its work on the batch before.
+        # Only now has the caller queued its work on the batch before.
         _hand_over(following, stream)
         ahead = following
     if ahead is not None:
@@ -46,7 +45,7 @@ def prefetch(steps: Iterable[Sequence[Batch]], device: torch.device) -> Iterator
 
 
 def _hand_over(step: StepInput, copies: torch.cuda.Stream) -> None:
-    """Let the current stream wait for the copies, and keep their memory until it is done."""
+    """Let the current stream wait for the copies, and keep their memory until it has used them."""
     current = torch.cuda.current_stream()
     current.wait_stream(copies)
     for batch in step.device:

@@ -18,18 +18,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedDetector:
-    """A detector with its weights, and what it was trained for."""
+    """A detector with its weights, configuration and classes."""
 
     model: Detector
     """On the CPU, in evaluation mode."""
     config: RunConfig
-    """The run that made it; of published checkpoints, what their arguments say."""
+    """Of the run that trained it; of published checkpoints, derived from their arguments."""
     label_map: LabelMap | None
-    """Its classes; None for published checkpoints, which do not tell."""
+    """Its classes; None for published checkpoints, which do not store them."""
 
     @property
     def known_label_map(self) -> LabelMap:
-        """Its classes; where they are not told, COCO's for 91 of them, numbers otherwise."""
+        """Its classes. Where they are unknown: COCO's if there are 91, else numbers."""
         if self.label_map is not None:
             return self.label_map
         num_classes = self.config.model.num_classes
@@ -41,13 +41,13 @@ class LoadedDetector:
         return LabelMap(labels, labels, tuple(f"class {label}" for label in labels), num_classes)
 
 
-def read_weights(path: Path, config: RunConfig | None = None, *, averaged: bool = True) -> Weights:
+def read_weights(path: Path, config: RunConfig | None = None, *, ema: bool = True) -> Weights:
     """Read weights from `.safetensors`, a checkpoint of ours, or a published `.pth`.
 
     Args:
-        path: the file or folder; its content decides what it is.
-        config: what published weights belong to; None derives it from the file.
-        averaged: of a checkpoint of ours, take the running averages where it has them.
+        path: the file or folder; its content determines the format.
+        config: of published weights; None derives it from the file.
+        ema: of a checkpoint of ours, take the EMA weights where it has them.
 
     Raises:
         ValueError: the file is none of these, or damaged. OSError: it cannot be read.
@@ -63,14 +63,14 @@ def read_weights(path: Path, config: RunConfig | None = None, *, averaged: bool 
             raise
         published = load_published_checkpoint(path, config=config)  # Not ours, then.
         return Weights(published.state_dict, published.config, None)
-    if averaged and checkpoint.has_averages:
-        logger.info("taking the averaged weights of %s", path)
+    if ema and checkpoint.has_ema:
+        logger.info("taking the EMA weights of %s", path)
     progress = checkpoint.progress
-    return Weights(checkpoint.weights(averaged=averaged), progress.run_config, progress.label_map)
+    return Weights(checkpoint.weights(ema=ema), progress.run_config, progress.label_map)
 
 
 def load_detector(path: Path) -> LoadedDetector:
-    """Build the detector that a file holds, with its weights.
+    """Build the detector of a file, with its weights.
 
     Raises:
         ValueError, OSError: see `read_weights`; or the weights do not fit their configuration.
@@ -86,10 +86,10 @@ def load_detector(path: Path) -> LoadedDetector:
 
 
 def start_from_weights(model: Detector, path: Path, config: RunConfig) -> list[str]:
-    """Give a new model the weights of a file.
+    """Load the weights of a file into a new model.
 
-    Class heads of another number of classes keep their fresh initialisation, which is warned about;
-    everything else must fit.
+    Class heads with another number of classes keep their initialisation, with a warning. All other
+    weights must fit.
 
     Returns:
         The names of the parameters that keep their initialisation.

@@ -1,4 +1,4 @@
-"""From a configuration to a trainer that is ready to go."""
+"""Construction of a trainer from a configuration."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 COMPILED_IMAGE_BUCKETS = 16
-"""Padded shapes of a compiled run that does not say: each takes time to compile, and more of them
-save padding (`benchmarks.image_buckets`)."""
+"""Default number of padded shapes of a compiled run. More of them save padding, and each takes time
+to compile (`benchmarks.image_buckets`)."""
 
 
 def build_trainer(config: RunConfig, worker: Worker) -> Trainer:
-    """Read the data, build the model, and go to where the run starts.
+    """Read the data, build the model, and load the weights or the checkpoint of the start.
 
-    That is step 0 with fresh weights or those of `config.weights`, or the step of the checkpoint
-    that `config.resume` names. Writes the resolved configuration to the run folder.
+    The run starts at step 0 with new weights or those of `config.weights`, or at the step of the
+    checkpoint that `config.resume` names. Writes the resolved configuration to the run folder.
 
     Raises:
         ValueError, OSError: the data, the checkpoint or the weights are missing, damaged or do not
@@ -93,7 +93,7 @@ def resolve_image_buckets(config: RunConfig, worker: Worker) -> RunConfig:
 
 
 def find_resume_source(config: RunConfig, worker: Worker) -> Checkpoint | None:
-    """The checkpoint that the run goes on from, the same on every rank; None for a new run.
+    """The checkpoint that the run continues, the same on every rank; None for a new run.
 
     Raises:
         ValueError: the named checkpoint cannot be read, or the run folder holds checkpoints that
@@ -130,7 +130,7 @@ def build_model(config: RunConfig, worker: Worker, *, initialize: bool) -> Detec
     Args:
         config: with `model.num_classes` set.
         worker: this process.
-        initialize: give it its first weights; False where a checkpoint is loaded next.
+        initialize: set its initial weights; False where a checkpoint is loaded next.
     """
     seed_initialization(config.seed)
     from_file = initialize and config.weights is not None

@@ -1,7 +1,7 @@
 """Random numbers as a stateless function of (seed, step, rank).
 
-Every step seeds what it draws from. A resumed run therefore draws what the uninterrupted one would
-have drawn, without a random state in the checkpoint, and any single step can be run again.
+Every step seeds its generators. A resumed run therefore draws the same numbers as an uninterrupted
+one, without random states in the checkpoint, and any single step can be repeated.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def seed_initialization(seed: int) -> None:
 def seed_step(seed: int, step: int, rank: int, generator: torch.Generator) -> None:
     """Seed dropout (PyTorch's default generators) and `generator` (one-to-many priorities).
 
-    Costs nothing on the device: seeding a CUDA generator is a matter of the host.
+    Seeding a CUDA generator happens on the host, without work for the device.
     """
     torch.manual_seed(derived_seed("dropout", seed, step, rank))
     generator.manual_seed(derived_seed("assignment", seed, step, rank))

@@ -1,10 +1,10 @@
-"""Named tensors in files: a folder that ranks write and read together, or one older file.
+"""Named tensors in files: a folder that all ranks write and read, or the file of older versions.
 
-A folder is written by `torch.distributed.checkpoint` in its safetensors format: each rank writes a
-file of its shards, replicated tensors are dealt out among the ranks, and each file says in its
-header which parts of which tensors it holds. No pickle is involved, in writing or in reading: other
-formats of that library keep their index in one. Any number of ranks can read it, each what it
-needs, into whole tensors or shards.
+`torch.distributed.checkpoint` writes a folder in its safetensors format. Each rank writes one file
+with its shards and its share of the replicated tensors, and the header of each file lists the
+chunks of tensors in it. The other formats of that library keep a pickled index; this one has no
+pickle. Any number of ranks can read the folder, each only the chunks it needs, into whole tensors
+or shards.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class TensorSource(Protocol):
 
     @property
     def index(self) -> Mapping[str, Tensor]:
-        """What there is, as tensors without content (on the device `meta`)."""
+        """The available tensors, without content (on the device `meta`)."""
 
     def load(self, targets: Mapping[str, Tensor]) -> None:
         """Fill tensors with those of the same names and shapes, which must exist."""
@@ -47,36 +47,36 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, worker: Worker) -
     Raises:
         OSError: on every rank, where one of them failed.
     """
-    # The format knows no strides.
+    # The format has no strides.
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         with _without_group_warnings():
             save(contiguous, storage_writer=writer, no_dist=worker.world_size == 1)
-    except CheckpointException as error:  # no `Exception`, for torch
+    except CheckpointException as error:  # A BaseException.
         raise OSError(f"could not write {folder}: {_reasons(error)}") from error
 
 
 class TensorFolder:
-    """What `write_tensors` wrote.
+    """The tensors of a folder of `write_tensors`.
 
     Raises:
         ValueError: files are missing or damaged.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Read which tensors there are."""
+        """Read the index of the tensors."""
         self._folder = folder
         try:
             metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
-        except Exception as error:  # of the file system, safetensors, JSON, or what these hold
+        except Exception as error:  # From the file system, safetensors or JSON.
             raise ValueError(f"{folder} has a file that is not readable: {error}") from error
         self.index: dict[str, Tensor] = {}
-        """What there is, as tensors without content (on the device `meta`)."""
+        """The available tensors, without content (on the device `meta`)."""
         for name, tensor in metadata.state_dict_metadata.items():
             assert isinstance(tensor, TensorStorageMetadata)
             if sum(chunk.sizes.numel() for chunk in tensor.chunks) != tensor.size.numel():
-                raise ValueError(f"{folder} lacks a part of {name}: a file of a rank is missing")
+                raise ValueError(f"{folder} lacks a chunk of {name}: the file of a rank is missing")
             dtype = tensor.properties.dtype
             self.index[name] = torch.empty(tensor.size, dtype=dtype, device="meta")
 
@@ -95,12 +95,12 @@ class TensorFolder:
 
 
 class TensorsInMemory:
-    """Whole tensors that are read already."""
+    """Whole tensors in memory."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
         self.index = {name: tensor.to("meta") for name, tensor in tensors.items()}
-        """What there is, as tensors without content (on the device `meta`)."""
+        """The available tensors, without content (on the device `meta`)."""
 
     @torch.no_grad()
     def load(self, targets: Mapping[str, Tensor]) -> None:
@@ -108,7 +108,7 @@ class TensorsInMemory:
         for name, target in targets.items():
             source = self._tensors[name]
             if isinstance(target, DTensor):
-                # Every rank has the whole: nothing is sent.
+                # Every rank has the whole tensor, so that nothing is sent.
                 source = distribute_tensor(
                     source.to(target.device),
                     target.device_mesh,
@@ -136,7 +136,7 @@ def _reasons(error: CheckpointException) -> str:
 
 @contextlib.contextmanager
 def _without_group_warnings() -> Iterator[None]:
-    """Without a process group it says that there is none."""
+    """Suppress the warning that there is no process group."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

@@ -80,7 +80,7 @@ def pack_levels(spatial_shapes: SpatialShapes) -> tuple[int, ...]:
 def count_tiles(spatial_shapes: SpatialShapes, num_queries: int, block_q: int, tile_x: int) -> int:
     """Programs per head and image: rows of queries, or rectangles of pixels if tile_x > 0."""
     if tile_x == 0:
-        return triton.cdiv(num_queries, block_q)
+        return int(triton.cdiv(num_queries, block_q))
     tile_y = block_q // tile_x
     return sum(triton.cdiv(h, tile_y) * triton.cdiv(w, tile_x) for h, w in spatial_shapes)
 
@@ -349,13 +349,13 @@ def _fixed_point_scale(grad_output: Tensor, points: Points) -> Tensor:
 
 def point_group(num_points: int) -> int:
     """Number of points that are loaded and stored together."""
-    return min(triton.next_power_of_2(num_points), 4)
+    return int(min(triton.next_power_of_2(num_points), 4))
 
 
 def padded_samples(sizes: Sizes) -> int:
     """Length of a row of all L * P weights, with points padded to whole groups."""
     group = point_group(sizes.P)
-    return triton.next_power_of_2(sizes.L * triton.cdiv(sizes.P, group) * group)
+    return int(triton.next_power_of_2(sizes.L * triton.cdiv(sizes.P, group) * group))
 
 
 def is_interpreted() -> bool:

@@ -7,8 +7,6 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from msdetr.ops.dropout import dropout, relu_dropout
-
 
 class MLP(nn.Module):
     """Linear layers with ReLU in between."""
@@ -31,22 +29,6 @@ class MLP(nn.Module):
         return output
 
 
-class Dropout(nn.Dropout):
-    """`torch.nn.Dropout` by `msdetr.ops.dropout`, which is cheaper on a CPU."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Any shape, same shape out."""
-        return dropout(input, self.p) if self.training else input
-
-
-class ReLUDropout(nn.Dropout):
-    """ReLU, then dropout; may overwrite its input."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Any shape, same shape out."""
-        return relu_dropout(input, self.p if self.training else 0.0)
-
-
 class FeedForward(nn.Module):
     """Residual feed-forward network with its LayerNorm, as in post-norm transformers."""
 
@@ -54,8 +36,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.linear1 = nn.Linear(hidden_dim, feedforward_dim)
         self.linear2 = nn.Linear(feedforward_dim, hidden_dim)
-        self.activation = ReLUDropout(dropout)
-        self.dropout = Dropout(dropout)
+        self.activation = nn.Sequential(nn.ReLU(inplace=True), nn.Dropout(dropout))
+        self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(hidden_dim)
         nn.init.xavier_uniform_(self.linear1.weight)
         nn.init.xavier_uniform_(self.linear2.weight)

@@ -158,8 +158,8 @@ def one_to_many_matcher(config: AssignmentConfig) -> Matcher:
         k=config.one_to_many_k,
         threshold=config.one_to_many_threshold,
         positive_fraction=config.positive_fraction,
-        iou_weight=config.one_to_many_cost_box,
-        class_weight=config.one_to_many_cost_class,
+        iou_weight=config.one_to_many_iou_weight,
+        class_weight=config.one_to_many_class_score_weight,
         merge_with="one_to_one" if config.indices_merge else None,
     )
 

@@ -16,7 +16,7 @@ from msdetr.weights import load_weights
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
-    """A run of one step with averages."""
+    """A run of one step with EMA weights."""
     root = tmp_path_factory.mktemp("export")
     data = write_shapes(root / "data", num_train=4, num_val=1)
     train = TrainConfig(epochs=1, batch_size=4, eval_every=0, ema_decay=0.5)
@@ -26,7 +26,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     return trainer
 
 
-@pytest.mark.parametrize("options", [[], ["--no-ema"]], ids=["averages", "weights"])
+@pytest.mark.parametrize("options", [[], ["--no-ema"]], ids=["ema", "weights"])
 def test_export(
     trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
 ) -> None:
@@ -38,8 +38,8 @@ def test_export(
     assert weights.config == trainer.config
     assert weights.label_map == trainer.label_map.to_dict()
     assert trainer.ema is not None
-    averages = {} if options else trainer.ema.averages
-    expected = trainer.model.state_dict() | averages
+    ema = {} if options else trainer.ema.weights
+    expected = trainer.model.state_dict() | ema
     assert weights.state_dict.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(weights.state_dict[name], tensor), name

@@ -30,6 +30,15 @@ def test_compile_has_a_short_form(options: list[str]) -> None:
     assert not config.compile.warm_up
 
 
+@pytest.mark.parametrize(
+    "options",
+    [["--assignment.one-to-many-cost-box=0.9"], ["--assignment.one_to_many_cost_box", "0.9"]],
+)
+def test_options_of_earlier_versions_are_accepted(options: list[str]) -> None:
+    config = parse_preset(["tiny", *options], prog="train.py")
+    assert config.assignment.one_to_many_iou_weight == 0.9
+
+
 def test_options_override_the_preset() -> None:
     config = parse_preset(
         [
@@ -135,7 +144,7 @@ def test_user_errors_have_no_traceback(capsys: pytest.CaptureFixture[str]) -> No
         raise ValueError("the reason")
     assert caught.value.code == 2
     assert capsys.readouterr().err == "error: the reason\n"
-    with pytest.raises(KeyError), user_errors():  # a bug, not the user's doing
+    with pytest.raises(KeyError), user_errors():  # A bug, not an error of the user.
         raise KeyError("x")
 
 

@@ -93,7 +93,7 @@ def test_wrong_files_are_exit_status_2(
 
 
 def start_torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """A script in two processes."""
+    """Run a script in two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.run(
         [*command, "--nproc-per-node", "2", *arguments],
@@ -106,7 +106,7 @@ def start_torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def torchrun(*arguments: str) -> str:
-    """Output of a script that succeeds."""
+    """The output of a script, which must succeed."""
     run = start_torchrun(*arguments)
     assert run.returncode == 0, run.stderr
     return run.stdout
@@ -154,7 +154,7 @@ def test_two_processes(shapes: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     text = torchrun("train.py", *tiny_options(short_config(shapes, output)))
     assert "2 process(es)" in text
-    assert text.count("step 2/2") == 1  # rank 0 alone speaks
+    assert text.count("step 2/2") == 1  # Only rank 0 logs.
     lines = (output / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["kind"] for line in lines] == ["train", "train", "eval"]
 
@@ -165,7 +165,7 @@ def test_two_processes(shapes: Path, tmp_path: Path) -> None:
     assert evaluate.main([*options, "--output", str(tmp_path / "one")]) == 0
     # 5 images on 2 processes: every image once, and the same numbers as in one process.
     one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
-    # Processes may have other numbers of threads, which round differently.
+    # Processes may have different numbers of threads, which round differently.
     assert len(one) == len(two)
     for first, second in zip(one, two, strict=True):
         assert (first["image_id"], first["category_id"]) == (
@@ -186,7 +186,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--output", str(tmp_path / "demo"), "--num-train", "16", "--num-val", "3"]
     options += ["--image-size", "64", "--max-steps", "1"]
     written = []
-    for _ in range(2):  # the second time it trains again, on the same data
+    for _ in range(2):  # The second call trains again on the same data.
         assert demo.main(options) == 0
         last = capsys.readouterr().out.splitlines()[-1]
         assert last.startswith("demo: AP 0.0")

@@ -70,7 +70,7 @@ def tiny_config(data_root: Path, output: Path, **changes: object) -> RunConfig:
 
 
 def deterministic_config(data: Path, output: Path, **train: Any) -> RunConfig:
-    """Four steps in which nothing is drawn per rank: no dropout, no augmentation, all one-to-many
+    """Four steps without random numbers per rank: no dropout, no augmentation, all one-to-many
     positives kept. `train` replaces fields of the training loop."""
     return tiny_config(
         data,
@@ -89,7 +89,7 @@ def deterministic_config(data: Path, output: Path, **train: Any) -> RunConfig:
         train=TrainConfig(
             **{"epochs": 2, "batch_size": BATCH_SIZE, "log_every": 1, "max_steps": 4} | train
         ),
-        # Of 5 images, two processes then have different numbers of batches.
+        # Two processes then have different numbers of batches for 5 images.
         eval=EvalConfig(batch_size=2, max_detections=20),
         seed=SEED,
     )
@@ -102,7 +102,7 @@ def assert_same_within_rounding(actual: dict[str, Any], expected: dict[str, Any]
         assert difference <= 1e-4 * gradient.abs().max() + 1e-6, name
     for name, tolerance in (("losses", 1e-5), ("grad_norms", 1e-4)):
         assert actual[name][:2] == pytest.approx(expected[name][:2], rel=tolerance)
-        # Adam blows up rounding of gradients that are 0 but for it: runs drift apart.
+        # Adam amplifies the rounding of gradients that are otherwise 0, so that runs diverge.
         assert actual[name] == pytest.approx(expected[name], rel=1e-2)
     moved = difference = 0.0
     for name, initial in expected["initial"].items():
@@ -157,7 +157,7 @@ def write_shapes(
 
 
 def tiny_options(config: RunConfig) -> list[str]:
-    """The command line of `train.py` that gives `config`: preset `tiny` and what differs."""
+    """The command line of `train.py` for `config`: preset `tiny` and the fields that differ."""
     changes = changed_fields(config_to_dict(PRESETS["tiny"].config), config_to_dict(config))
     options = ["tiny"]
     for name, _, value in changes:

@@ -1,6 +1,6 @@
-"""Code that tests run in several processes, and how they start them.
+"""Code that tests run in several processes, and how they are started.
 
-In a module of its own, because spawned processes import it by name.
+A separate module, because spawned processes import it by name.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import faulthandler
 import functools
 import json
 import multiprocessing
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 import torch.multiprocessing
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.profiler import ProfilerActivity, profile
 
 from msdetr.config import RunConfig
 from msdetr.engine import trainer as trainer_module
@@ -27,7 +28,7 @@ from msdetr.engine.checkpoint import Progress, save_checkpoint
 from msdetr.engine.compile import compile_step, num_graphs
 from msdetr.engine.distributed import Worker, worker_from_environment
 from msdetr.engine.finite import FiniteCheck, NonFiniteError
-from msdetr.engine.metrics import METRICS_FILE
+from msdetr.engine.metrics.writer import METRICS_FILE
 from msdetr.engine.parallel import full_tensor, local_tensor
 from msdetr.engine.prefetch import StepInput
 from msdetr.engine.run import build_trainer
@@ -42,9 +43,9 @@ _PRELOADED = ["torch._dynamo", "torch.distributed.checkpoint.hf_storage", "msdet
 
 def run_in_processes(task: Task, argument: Any, folder: Path, *, num_processes: int) -> list[Any]:
     """`task(worker, argument)` in gloo processes; the results in rank order, passed by file."""
-    # The system chooses a port that is free, and it stays taken until all is done.
+    # The system chooses a free port, which stays in use until all processes have ended.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    # Forked where all is imported: importing takes seconds of every process otherwise.
+    # Forked from a process with all imports, which take seconds in each process otherwise.
     multiprocessing.set_forkserver_preload(_PRELOADED)
     torch.multiprocessing.start_processes(
         _enter,
@@ -75,23 +76,31 @@ def _enter(rank: int, task: Task, argument: Any, folder: Path, world_size: int, 
 
 
 def train_run(worker: Worker, config: RunConfig) -> dict[str, Any]:
-    """Train; the images, targets and losses of every step, the gradients of the first, the tensors
-    before and after, and the scores of what was detected. Tensors are whole."""
+    """Train, and report the run: images, targets, and losses of every step, the gradients of the
+    first step, the collectives of the second, all tensors before and after, and the scores of the
+    detections. Tensors are whole."""
     with pytest.MonkeyPatch.context() as patch:
-        # Captured and cut as for generated code, which would take long to generate.
+        # The same graphs as for generated code, which would take long to generate.
         patch.setattr(
             trainer_module, "compile_step", functools.partial(compile_step, backend="eager")
         )
         trainer = build_trainer(config, worker)
     image_ids, targets = [], []
+    collectives: Counter[str] = Counter()
     gradients: dict[str, Tensor] = {}
     real_step, real_update = trainer.train_step, trainer.update
-    initial = whole(trainer.tensors())
+    initial = whole(trainer.state.tensors())
 
     def recorded_step(step_input: StepInput) -> None:
         image_ids.append([i for batch in step_input.host for i in batch.image_ids.tolist()])
         targets.append([int(batch.targets.count.sum()) for batch in step_input.host])
-        real_step(step_input)
+        if worker.world_size == 1 or trainer.step != 1:  # Profiling is slow: one step is enough.
+            real_step(step_input)
+            return
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            real_step(step_input)
+        names = (event.name for event in profiler.events())
+        collectives.update(name for name in names if name.startswith("c10d::"))
 
     def recorded_update() -> Tensor:
         if not gradients:
@@ -119,9 +128,10 @@ def train_run(worker: Worker, config: RunConfig) -> dict[str, Any]:
         "grad_norms": [row["grad_norm"] for row in rows if row["kind"] == "train"],
         "image_ids": image_ids,
         "targets": targets,
+        "collectives": collectives,
         "gradients": gradients,
         "initial": initial,
-        "tensors": whole(trainer.tensors()),
+        "tensors": whole(trainer.state.tensors()),
         "scores": {image_id: sorted(values) for image_id, values in scores.items()},
         "num_graphs": num_graphs(),
         "num_local": sum(local_tensor(p).numel() for p in trainer.model.parameters()),
@@ -133,16 +143,15 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def loaded_tensors(worker: Worker, config: RunConfig) -> dict[str, Tensor]:
-    """What a run has that goes on from a checkpoint, before it goes on. An evaluation changes none
-    of it."""
+    """The tensors of a run that loads its checkpoint. An evaluation changes none of them."""
     trainer = build_trainer(config, worker)
     trainer.evaluate()
-    return whole(trainer.tensors())
+    return whole(trainer.state.tensors())
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """What the processes of a test module do, in this order."""
+    """The work of the processes of a test module, in this order."""
 
     train: dict[str, RunConfig]
     """Runs to train, by name."""
@@ -151,7 +160,7 @@ class Tasks:
 
 
 def do_tasks(worker: Worker, tasks: Tasks) -> dict[str, Any]:
-    """The results by name, and the errors of ranks that fail in the way they are made to."""
+    """The results by name, and the errors of ranks that are made to fail."""
     return {
         **{name: train_run(worker, config) for name, config in tasks.train.items()},
         **{name: loaded_tensors(worker, config) for name, config in tasks.load.items()},

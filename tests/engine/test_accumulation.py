@@ -19,7 +19,7 @@ WORKER = Worker(device=torch.device("cpu"))
 
 @pytest.fixture(scope="module")
 def whole(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run whose steps take their batch at once."""
+    """A run without micro-batches."""
     return train_run(WORKER, deterministic_config(shapes, tmp_path_factory.mktemp("whole")))
 
 
@@ -33,13 +33,13 @@ def test_micro_batches_make_the_step_of_the_whole_batch(
     counts = parts["targets"]
     assert all(len(step) == num_parts for step in counts)
     assert [sum(step) for step in counts] == [count for (count,) in whole["targets"]]
-    # Dividing by a micro-batch's own targets would show.
+    # Counts differ, so that dividing by a micro-batch's own targets would fail.
     assert any(len(set(step)) > 1 for step in counts)
     assert_same_within_rounding(parts, whole)
 
 
 def test_resume_is_exact(shapes: Path, tmp_path: Path) -> None:
-    # With dropout, augmentation and drawn positives, which go on from micro-batch to micro-batch.
+    # With dropout, augmentation and random positives, which differ between micro-batches.
     def weights(name: str, *max_steps: int) -> dict[str, torch.Tensor]:
         for last_step in max_steps:
             options = {"epochs": 2, "batch_size": 4, "accumulation_steps": 2, "eval_every": 0}

@@ -65,7 +65,7 @@ def save(run_folder: Path, step: int, *, keep: int = 3, **tensors: Tensor) -> Pa
 
 
 def write_file(path: Path, **changes: object) -> None:
-    """A checkpoint as earlier versions wrote it."""
+    """A checkpoint in the format of earlier versions."""
     content = {
         "model": {"weight": torch.full((3,), 7.0)},
         "optimizer": {"weight": {"step": torch.tensor(7.0), "exp_avg": torch.arange(3.0)}},
@@ -87,7 +87,7 @@ def test_round_trip(tmp_path: Path) -> None:
     targets = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
     loaded.tensors.load(targets)
     assert all(torch.equal(targets[name], tensor) for name, tensor in expected.items())
-    assert not loaded.has_averages
+    assert not loaded.has_ema
     weights = loaded.weights()
     assert weights.keys() == {"weight", "scale"}
     assert torch.equal(weights["weight"], expected["model.weight"])
@@ -103,12 +103,12 @@ def test_nothing_is_pickled(tmp_path: Path) -> None:
     assert listed == {shard: (path / shard).stat().st_size}
 
 
-def test_averages(tmp_path: Path) -> None:
+def test_ema_weights(tmp_path: Path) -> None:
     checkpoint = load_checkpoint(save(tmp_path, 1, average__weight=torch.full((3,), 9.0)))
-    assert checkpoint.has_averages
+    assert checkpoint.has_ema
     assert checkpoint.weights()["weight"].tolist() == [9.0] * 3
-    assert checkpoint.weights()["scale"].tolist() == [0.5] * 2  # has no average
-    assert checkpoint.weights(averaged=False)["weight"].tolist() == [1.0] * 3
+    assert checkpoint.weights()["scale"].tolist() == [0.5] * 2  # has no EMA
+    assert checkpoint.weights(ema=False)["weight"].tolist() == [1.0] * 3
 
 
 def test_files_of_earlier_versions(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_unreadable_later_ones_do_not_push_out_good_ones(tmp_path: Path) -> None
     checkpoint_path(tmp_path, 30).mkdir()
     save(tmp_path, 6, keep=1)
     assert [step for step, _ in find_checkpoints(tmp_path)] == [6, 30]
-    # The run gets there in the end, and replaces what it could not read.
+    # The run reaches that step again, and replaces the unreadable checkpoint.
     save(tmp_path, 30, keep=1)
     newest = load_newest_checkpoint(tmp_path)
     assert newest is not None
@@ -265,7 +265,7 @@ def test_fallback_to_the_previous_checkpoint(
         newest = load_newest_checkpoint(tmp_path)
     assert newest is not None
     assert newest.progress.step == 1
-    assert "PASSING OVER THE CHECKPOINT OF STEP 2" in caplog.text
+    assert "SKIPPING THE CHECKPOINT OF STEP 2" in caplog.text
     with pytest.raises(ValueError, match=path.name):
         load_checkpoint(path)
 

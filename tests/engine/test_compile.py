@@ -21,10 +21,10 @@ from msdetr.engine import trainer as trainer_module
 from msdetr.engine.compile import (
     CompileError,
     compile_step,
+    compiled_regions,
     explain_compile_errors,
     is_compiled,
     num_graphs,
-    parts,
 )
 from msdetr.engine.distributed import Worker
 from msdetr.engine.prefetch import StepInput
@@ -44,7 +44,7 @@ def _forget_graphs():
 
 
 class Step(NamedTuple):
-    """What a forward and a backward pass give."""
+    """The results of a forward and a backward pass."""
 
     total: Tensor
     terms: dict[str, Tensor]
@@ -52,10 +52,10 @@ class Step(NamedTuple):
 
 
 def new_step(**changes: object) -> tuple[Detector, Criterion]:
-    """A detector in training mode, and a criterion that draws nothing."""
+    """A detector in training mode, and a criterion without random numbers."""
     torch.manual_seed(0)
     model = build_detector(tiny_config(**changes)).train()
-    # Heads start at zero, and hide what lies before them.
+    # Heads start at zero, so that errors of the layers before them would not show.
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
@@ -104,13 +104,13 @@ def assert_close(actual: Step, expected: Step) -> None:
     assert actual.gradients.keys() == expected.gradients.keys()
     for name, gradient in expected.gradients.items():
         difference = (actual.gradients[name] - gradient).norm()
-        # Gradients of no norm to speak of are rounding errors, of biases before a softmax.
+        # Gradients with a tiny norm are rounding errors, of biases before a softmax.
         assert difference <= 1e-3 * (gradient.norm() + 1e-3), name
 
 
 def assert_as_close(actual: Step, other: Step, exact: Step) -> None:
-    """In bfloat16, losses agree to 1e-2 with those in float32, and the gradient is about as far
-    from that in float32 as `other`'s: as a whole at most 1.2 times, of a parameter 4 times."""
+    """In bfloat16, losses agree to 1e-2 with float32. The distance of the gradient from float32 is
+    at most 1.2 times that of `other`, and 4 times for each parameter."""
     torch.testing.assert_close(actual.total, exact.total, rtol=1e-2, atol=0.0)
 
     def distances(step: Step) -> dict[str, Tensor]:
@@ -151,15 +151,15 @@ def test_activation_checkpointing_stays_possible():
     model.checkpoint_activations("all")
     compile_step(model, criterion, backend="aot_eager")
     torch.manual_seed(1)
-    recomputed = run(model, criterion, images_of(), targets_of(3, 1))
+    checkpointed = run(model, criterion, images_of(), targets_of(3, 1))
     model.checkpoint_activations("none")
     torch.manual_seed(1)
     kept = run(model, criterion, images_of(), targets_of(3, 1))
-    assert_close(recomputed, kept)
+    assert_close(checkpointed, kept)
 
 
 def test_generated_code_computes_what_eager_code_does():
-    # Of two stages, the first could choose other queries by a rounding: one stage.
+    # One stage: in two stages, rounding could change the selected queries.
     model, criterion = new_step(two_stage=False)
     eager = run(model, criterion, images_of(), targets_of(3, 1))
     compile_step(model, criterion)
@@ -169,10 +169,10 @@ def test_generated_code_computes_what_eager_code_does():
 @pytest.mark.parametrize("what", ["layers", pytest.param("step", marks=pytest.mark.slow)])
 def test_generated_code_in_bfloat16(what: str, monkeypatch: pytest.MonkeyPatch):
     model, criterion = new_step(two_stage=False, num_decoder_layers=1 if what == "layers" else 2)
-    if what == "layers":  # A step has a hundred loops, and each takes a C++ compiler a second.
+    if what == "layers":  # A step has a hundred loops, each with a second of C++ compilation.
         layers = (*model.encoder.layers, *model.decoder.layers)
-        some = [part for part in parts(model, criterion) if part.owner in layers]
-        monkeypatch.setattr(compile_module, "parts", lambda model, criterion: some)
+        some = [region for region in compiled_regions(model, criterion) if region.owner in layers]
+        monkeypatch.setattr(compile_module, "compiled_regions", lambda model, criterion: some)
     eager, low = (
         run(model, criterion, images_of(), targets_of(3, 1), dtype)
         for dtype in (torch.float32, torch.bfloat16)
@@ -184,7 +184,7 @@ def test_generated_code_in_bfloat16(what: str, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_captured_step_in_bfloat16():
-    """All parts, cut and differentiated as for generated code, which would take minutes."""
+    """All regions, cut and differentiated as for generated code, which would take minutes."""
     model, criterion = new_step(two_stage=False)
     eager, low = (
         run(model, criterion, images_of(), targets_of(3, 1), dtype)
@@ -192,7 +192,7 @@ def test_a_captured_step_in_bfloat16():
     )
     compile_step(model, criterion, backend="aot_eager")
     captured = run(model, criterion, images_of(), targets_of(3, 1), torch.bfloat16)
-    assert num_graphs() >= 9  # One per kind of part; layers share theirs.
+    assert num_graphs() >= 9  # One per kind of region; layers share theirs.
     assert_as_close(captured, low, eager)
 
 
@@ -245,9 +245,9 @@ def test_names_and_copies_of_weights_stay_those_of_the_model():
     assert [type(module) for module in model.modules()].count(Detector) == 1
 
 
-def test_parts_cover_the_whole_model():
+def test_regions_cover_the_whole_model():
     model, criterion = new_step()
-    owners = {id(part.owner) for part in parts(model, criterion)}
+    owners = {id(region.owner) for region in compiled_regions(model, criterion)}
 
     def is_covered(module: nn.Module) -> bool:
         return id(module) in owners or (
@@ -260,7 +260,7 @@ def test_parts_cover_the_whole_model():
         assert name in inside or is_covered(child), name
 
 
-def test_what_cannot_be_compiled_is_an_error_with_the_way_out():
+def test_code_that_cannot_be_compiled_is_an_error_with_a_remedy():
     class Broken(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             torch._dynamo.graph_break()
@@ -300,7 +300,7 @@ def test_generated_code_on_a_gpu():
 
 
 class TestRun:
-    """A whole run whose step is compiled."""
+    """A run with a compiled step."""
 
     def config(self, data: Path, output: Path, mode: str) -> RunConfig:
         config = deterministic_config(data, output, eval_every=2)
@@ -330,6 +330,6 @@ class TestRun:
         assert graphs[:4] == [0] * 4
         assert graphs[4] > 10
         assert graphs[4:] == [graphs[4]] * 4
-        assert num_graphs() == graphs[4]  # Evaluation runs as it is written.
+        assert num_graphs() == graphs[4]  # Evaluation runs eagerly.
         for name, weight in eager.model.state_dict().items():
             torch.testing.assert_close(compiled.model.state_dict()[name], weight)

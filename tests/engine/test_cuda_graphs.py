@@ -1,4 +1,4 @@
-"""Recorded steps, with a recorder that calls functions again where a GPU would replay them."""
+"""Captured steps. The capture here calls the functions again where a GPU would replay them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from engine.helpers import TINY_MODEL, tiny_config
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from msdetr.config import CompileConfig, OptimizerConfig, RunConfig, TrainConfig
+from msdetr.config import (
+    AssignmentConfig,
+    CompileConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
 from msdetr.engine.cuda_graphs import GradientBuffer, StepGraphs
 from msdetr.engine.distributed import Worker
 from msdetr.engine.run import build_trainer
@@ -23,13 +29,13 @@ from msdetr.engine.trainer import Trainer
 WORKER = Worker(device=torch.device("cpu"))
 
 
-class Recorder:
-    """Replays by calling the function again. As on a GPU, recording changes nothing, and a replay
-    writes its results where the recording's were."""
+class Capture:
+    """Replays by calling the function again. As on a GPU, a capture changes nothing, and a replay
+    writes its results to the tensors of the capture."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self.num_recorded = 0
+        self.num_captured = 0
 
     def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         state = self._state()
@@ -42,7 +48,7 @@ class Recorder:
             tensor.copy_(value)
         for leaf in tree_leaves(results):
             leaf.fill_(torch.nan)
-        self.num_recorded += 1
+        self.num_captured += 1
 
         def replay() -> None:
             for leaf, value in zip(tree_leaves(results), tree_leaves(function()), strict=True):
@@ -53,10 +59,10 @@ class Recorder:
     def _state(self) -> list[Tensor]:
         trainer = self.trainer
         assert trainer.graphs is not None
-        averages = [] if trainer.ema is None else list(trainer.ema.averages.values())
+        ema = [] if trainer.ema is None else list(trainer.ema.weights.values())
         parameters = [p.data for p in trainer.model.parameters()]
         optimizer = [x for x in tree_leaves(trainer.optimizer.state_dict()) if torch.is_tensor(x)]
-        return [trainer.graphs.gradients.flat, *parameters, *averages, *optimizer]
+        return [trainer.graphs.gradients.flat, *parameters, *ema, *optimizer]
 
 
 def config(
@@ -66,61 +72,64 @@ def config(
     return tiny_config(
         data,
         output,
+        # More positives than are kept, so that the result depends on the draw.
+        assignment=AssignmentConfig(positive_fraction=0.25, one_to_many_threshold=0.0),
         model=dataclasses.replace(TINY_MODEL, num_classes=None, dropout=0.2),
         train=TrainConfig(**options),
         optimizer=OptimizerConfig(name=optimizer),
     )
 
 
-def recorded(config: RunConfig) -> tuple[Trainer, Recorder]:
-    """A trainer that records its steps."""
+def capturing(config: RunConfig) -> tuple[Trainer, Capture]:
+    """A trainer that captures its steps."""
     trainer = build_trainer(config, WORKER)
     for group in trainer.optimizer.param_groups:
         group["lr"] = torch.tensor(group["lr"])
-    recorder = Recorder(trainer)
+    capture = Capture(trainer)
     trainer.graphs = StepGraphs(
         trainer.forward_backward,
         trainer.update,
         trainer._parameters,
         WORKER,
         trainer.generator,
-        record=recorder,
+        capture=capture,
     )
-    return trainer, recorder
+    return trainer, capture
 
 
 @pytest.mark.parametrize("train", [{}, {"accumulation_steps": 2, "ema_decay": 0.5}])
 def test_replayed_steps_are_the_steps(shapes: Path, tmp_path: Path, train: dict[str, Any]):
     plain = build_trainer(config(shapes, tmp_path / "plain", optimizer="sgd", **train), WORKER)
     plain.train()
-    trainer, recorder = recorded(config(shapes, tmp_path / "recorded", optimizer="sgd", **train))
+    trainer, capture = capturing(config(shapes, tmp_path / "captured", optimizer="sgd", **train))
     trainer.train()
     assert trainer.step == plain.step > 4
-    assert trainer.graphs is not None
     # A graph per shape (images of 48 and of 64 pixels are both padded to 64), and the update's.
-    assert recorder.num_recorded == trainer.graphs.num_shapes + 1
-    assert trainer.graphs.num_shapes < trainer.step
+    assert trainer.graphs is not None
+    num_shapes = len(trainer.graphs._micro_batches)
+    assert capture.num_captured == num_shapes + 1
+    assert num_shapes < trainer.step
     for name, weight in plain.model.state_dict().items():
         assert torch.equal(trainer.model.state_dict()[name], weight)
     if plain.ema is not None:
         assert trainer.ema is not None
-        for name, average in plain.ema.averages.items():
-            assert torch.equal(trainer.ema.averages[name], average)
+        for name, weight in plain.ema.weights.items():
+            assert torch.equal(trainer.ema.weights[name], weight)
 
 
 def test_adamw_with_a_learning_rate_on_the_device(shapes: Path, tmp_path: Path):
-    """Recorded, it is a tensor, and the first step rounds otherwise; later ones would blow that up
-    where a gradient is next to nothing."""
+    """The learning rate is then a tensor, and the first step rounds differently. Later steps would
+    amplify the difference where gradients are close to zero."""
     plain = build_trainer(config(shapes, tmp_path / "plain", max_steps=1), WORKER)
     plain.train()
-    trainer, _ = recorded(config(shapes, tmp_path / "recorded", max_steps=1))
+    trainer, _ = capturing(config(shapes, tmp_path / "captured", max_steps=1))
     trainer.train()
     for name, weight in plain.model.state_dict().items():
         torch.testing.assert_close(trainer.model.state_dict()[name], weight, rtol=1e-6, atol=1e-7)
 
 
 def test_learning_rates_in_tensors_follow_the_schedule(shapes: Path, tmp_path: Path):
-    trainer, _ = recorded(config(shapes, tmp_path / "run"))
+    trainer, _ = capturing(config(shapes, tmp_path / "run"))
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
     trainer.train()
     factor = trainer._learning_rate_factor(trainer.step - 1)
@@ -162,7 +171,7 @@ def test_graphs_do_not_take_shards():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("mode", ["off", "on"])
 def test_graphs_on_a_gpu(shapes: Path, tmp_path: Path, mode: str):
-    """With the same random numbers: which one-to-many positives are kept is drawn."""
+    """The random numbers are the same: the one-to-many positives to keep are drawn."""
     losses = []
     for cuda_graphs in (False, True):
         run = dataclasses.replace(
@@ -177,6 +186,6 @@ def test_graphs_on_a_gpu(shapes: Path, tmp_path: Path, mode: str):
         losses.append([row["loss"] for row in rows])
     eager, replayed = losses
     assert len(eager) == 6
-    # The update is recorded at the second step. Adam blows up rounding: runs drift apart.
+    # The update is captured at the second step. Adam amplifies rounding, so that runs diverge.
     assert replayed[:3] == pytest.approx(eager[:3], rel=1e-3)
     assert replayed == pytest.approx(eager, rel=3e-2)

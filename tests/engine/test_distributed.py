@@ -17,7 +17,7 @@ from engine.helpers import (
 from engine.processes import Tasks, do_tasks, loaded_tensors, run_in_processes, train_run
 
 from msdetr.config import CompileConfig, RunConfig
-from msdetr.data.sampler import step_indices
+from msdetr.data.sampler import epoch_permutation, step_positions
 from msdetr.engine.checkpoint import OPTIMIZER, find_checkpoints, load_checkpoint
 from msdetr.engine.device import resolve_device
 from msdetr.engine.distributed import Worker, worker_from_environment
@@ -32,23 +32,16 @@ _KINDS = ("ddp", "ddp-parts", "fsdp", "fsdp-parts", "ddp-compiled", "fsdp-compil
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A set whose second step gives rank 1 of 2 no target at all."""
-    empty = step_indices(
-        seed=SEED,
-        epoch=0,
-        step=1,
-        num_images=NUM_TRAIN,
-        batch_size=BATCH_SIZE,
-        rank=1,
-        world_size=2,
-    )
+    """A data set whose second step has no target on rank 1 of 2."""
+    positions = step_positions(1, batch_size=BATCH_SIZE, rank=1, world_size=2)
+    empty = epoch_permutation(SEED, 0, NUM_TRAIN)[positions]
     root = tmp_path_factory.mktemp("distributed") / "data"
     return write_shapes(root, num_train=NUM_TRAIN, num_val=5, without_targets=set(empty.tolist()))
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What the runs of this module report, and where they are."""
+    """The results of the runs of this module, and their folder."""
 
     folder: Path
     single: dict[str, Any]
@@ -62,7 +55,7 @@ def run_config(data: Path, folder: Path, name: str) -> RunConfig:
     if name.endswith("parts"):
         train |= {"accumulation_steps": 2, "activation_checkpointing": "all"}
     if name == "fsdp":
-        train |= {"checkpoint_every": 2, "eval_every": 1}  # evaluates and goes on
+        train |= {"checkpoint_every": 2, "eval_every": 1}  # Training continues after an evaluation.
     config = deterministic_config(data, folder / name, **train)
     mode: Literal["on", "off"] = "on" if name.endswith("compiled") else "off"
     config = dataclasses.replace(config, compile=CompileConfig(mode=mode))
@@ -114,7 +107,7 @@ def write_file_of_earlier_version(folder: Path) -> None:
     for name, tensor in read_tensors(checkpoint.tensors, OPTIMIZER).items():
         parameter, _, key = name.rpartition(".")
         states.setdefault(parameter, {})[key] = tensor
-    content = {"model": checkpoint.weights(averaged=False), "optimizer": states}
+    content = {"model": checkpoint.weights(ema=False), "optimizer": states}
     torch.save(content | vars(checkpoint.progress), folder / "file.pt")
 
 
@@ -134,15 +127,23 @@ def test_two_processes_are_one(results: Results, name: str) -> None:
     assert second["scores"] == {}
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_gradients_are_exchanged_once_per_step(results: Results, kind: str) -> None:
+    for rank in results.ranks:
+        whole, parts = (rank[name]["collectives"] for name in (kind, f"{kind}-parts"))
+        assert sum(whole.values()) > 1  # One of them exchanges the number of targets.
+        assert parts == whole
+
+
 def test_compiled_runs_are_compiled(results: Results) -> None:
     *others, ddp, fsdp = (results.ranks[0][name]["num_graphs"] for name in _KINDS)
     assert not any(others)
     assert fsdp > ddp > 10
 
 
-def test_shards_are_parts(results: Results) -> None:
-    whole, part = (results.ranks[0][name]["num_local"] for name in ("ddp", "fsdp"))
-    assert whole / 2 <= part < 0.6 * whole  # some rows cannot be divided by 2
+def test_a_rank_holds_its_shards_only(results: Results) -> None:
+    whole, shards = (results.ranks[0][name]["num_local"] for name in ("ddp", "fsdp"))
+    assert whole / 2 <= shards < 0.6 * whole  # Some numbers of rows are odd.
 
 
 @pytest.mark.parametrize(
@@ -179,13 +180,13 @@ def test_shards_take_files_of_earlier_versions(results: Results) -> None:
     run = results.single["tensors"]
     for rank in results.ranks:
         loaded = rank["file in fsdp"]
-        averages = {name for name in loaded if name.startswith("average.")}
-        assert averages
+        ema = {name for name in loaded if name.startswith("average.")}
+        assert ema
         assert_equal(
-            {name: x for name, x in loaded.items() if name not in averages},
-            {name: x for name, x in run.items() if name not in averages},
+            {name: x for name, x in loaded.items() if name not in ema},
+            {name: x for name, x in run.items() if name not in ema},
         )
-        for name in averages:  # It has none: they start from the weights.
+        for name in ema:  # The file has none: they start from the weights.
             weight = loaded[name.replace("average.", "model.", 1)]
             assert torch.equal(loaded[name], weight), name
 
@@ -228,7 +229,7 @@ def test_resume_is_exact_with_shards(results: Results) -> None:
 
 
 def test_four_processes_with_shards(results: Results, data: Path, tmp_path: Path) -> None:
-    # The last ranks hold nothing of parameters with fewer rows than ranks.
+    # The last ranks have no shard of parameters with fewer rows than ranks.
     config = run_config(data, tmp_path, "fsdp")
     ranks = run_in_processes(train_run, config, tmp_path, num_processes=4)
     assert_same_within_rounding(ranks[0], results.single)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,16 @@ def test_finite_steps_pass() -> None:
     for step in range(1, 4):
         check.record(step, scalar(1.0), scalar(3e38), torch.tensor([step]))
         check.verify()
+
+
+def test_image_ids_are_kept_until_the_next_check_only() -> None:
+    check, image_ids = FiniteCheck(WORKER), torch.tensor([1])
+    kept = weakref.ref(image_ids)
+    check.record(1, scalar(1.0), scalar(1.0), image_ids)
+    del image_ids
+    assert kept() is not None
+    check.verify()
+    assert kept() is None
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from msdetr.engine.distributed import Worker
-from msdetr.engine.metrics import MetricsWriter, StepMeter
+from msdetr.engine.metrics.meter import StepMeter
+from msdetr.engine.metrics.writer import MetricsWriter
 
 WORKER = Worker(device=torch.device("cpu"))
 
@@ -49,10 +50,9 @@ def test_reading_nothing_is_an_error() -> None:
 
 
 def test_rows_are_appended(tmp_path: Path) -> None:
-    for step in (1, 2):  # the second writer is a restarted run
+    for step in (1, 2):  # The second writer is that of a resumed run.
         writer = MetricsWriter(tmp_path / "run", WORKER)
         writer.write("train", {"step": step, "loss": 0.5})
-        writer.close()
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
         {"kind": "train", "step": 1, "loss": 0.5},
@@ -70,7 +70,6 @@ def test_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     writer = MetricsWriter(tmp_path, WORKER)
     writer.write("train", {"step": 1, "loss": 0.5})
-    writer.close()
     assert (tmp_path / "metrics.jsonl").is_file()
     assert not (tmp_path / "tensorboard").exists()
 
@@ -79,5 +78,4 @@ def test_with_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     writer = MetricsWriter(tmp_path, WORKER)
     writer.write("train", {"step": 1, "loss": 0.5})
-    writer.close()
     assert list((tmp_path / "tensorboard").glob("events.*"))

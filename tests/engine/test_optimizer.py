@@ -9,16 +9,10 @@ from engine.helpers import TINY_MODEL
 from torch import nn
 
 from msdetr.config import ModelConfig, OptimizerConfig
-from msdetr.engine.optimizer import (
-    build_optimizer,
-    check_groups,
-    clip_gradients,
-    learning_rate_factor,
-    load_optimizer_state,
-    optimizer_state_by_name,
-    parameter_groups,
-    set_learning_rate,
-)
+from msdetr.engine.optimizer.clipping import clip_gradients
+from msdetr.engine.optimizer.groups import build_optimizer, check_groups, parameter_groups
+from msdetr.engine.optimizer.schedule import learning_rate_factor, set_learning_rate
+from msdetr.engine.optimizer.state import load_optimizer_state, optimizer_state_by_name
 from msdetr.model.attention import MSDeformAttn
 from msdetr.model.detector import Detector, build_detector
 
@@ -178,8 +172,8 @@ def test_rates_on_the_device_take_the_same_steps(name: str) -> None:
                 if parameter.requires_grad:
                     parameter.grad = torch.ones_like(parameter)
             optimizer.step()
-        if rates_on_device:  # what a graph reads stays where it is
+        if rates_on_device:  # A graph reads them at fixed addresses.
             after = [group["lr"] for group in optimizer.param_groups]
             assert all(a is b for a, b in zip(after, rates, strict=True))
-    for expected, found in zip(*(model.parameters() for model in models), strict=True):
-        torch.testing.assert_close(found, expected)
+    for expected, actual in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(actual, expected)

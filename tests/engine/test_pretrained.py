@@ -38,14 +38,14 @@ def write(model: Detector, folder: Path, kind: str) -> Path:
         world_size=1,
     )
     tensors = {f"model.{name}": tensor for name, tensor in state_dict.items()}
-    if kind == "averages":
+    if kind == "ema":
         tensors = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
         tensors |= {f"average.{name}": tensor for name, tensor in state_dict.items()}
     worker = Worker(device=torch.device("cpu"))
     return save_checkpoint(tensors, progress, folder, worker, keep=1)
 
 
-@pytest.mark.parametrize("kind", ["weights", "checkpoint", "averages"])
+@pytest.mark.parametrize("kind", ["weights", "checkpoint", "ema"])
 def test_a_detector_comes_back_from_its_files(tmp_path: Path, kind: str) -> None:
     model = build_detector(TINY_MODEL)
     loaded = load_detector(write(model, tmp_path, kind))
@@ -57,7 +57,7 @@ def test_a_detector_comes_back_from_its_files(tmp_path: Path, kind: str) -> None
 
 
 def published_file(folder: Path) -> tuple[Path, Detector]:
-    """A checkpoint as the published code writes it, of a small model."""
+    """A checkpoint of a small model in the format of the published code."""
     config = ModelConfig(
         backbone_weights="none",
         num_classes=91,

@@ -18,7 +18,7 @@ def test_derived_seeds_differ_in_every_part() -> None:
 
 
 def test_seeds_never_change() -> None:
-    # A resumed run of a later version must draw what the first one drew.
+    # A run that a later version resumes must draw the same numbers.
     assert derived_seed("dropout", 42, 0, 0) == 3998374099505963433
 
 

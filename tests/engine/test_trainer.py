@@ -25,7 +25,7 @@ from msdetr.engine import trainer as trainer_module
 from msdetr.engine.checkpoint import find_checkpoints, load_checkpoint
 from msdetr.engine.distributed import Worker
 from msdetr.engine.finite import FiniteCheck, NonFiniteError
-from msdetr.engine.optimizer import optimizer_state_by_name
+from msdetr.engine.optimizer.state import optimizer_state_by_name
 from msdetr.engine.prefetch import StepInput, on_device
 from msdetr.engine.run import build_trainer
 from msdetr.engine.tensor_files import TensorsInMemory
@@ -59,7 +59,7 @@ def steps(config: RunConfig) -> list[int]:
 
 
 def assert_same_run(first: Trainer, second: Trainer) -> None:
-    """Weights, optimizer state and averages are bitwise equal."""
+    """Weights, optimizer state and EMA weights are bitwise equal."""
     assert first.step == second.step
     for (name, a), (_, b) in zip(
         first.model.named_parameters(), second.model.named_parameters(), strict=True
@@ -70,12 +70,17 @@ def assert_same_run(first: Trainer, second: Trainer) -> None:
         assert all(torch.equal(state_a[key], state_b[key]) for key in state_a), name
     assert (first.ema is None) == (second.ema is None)
     if first.ema is not None and second.ema is not None:
-        for name, average in first.ema.averages.items():
-            assert torch.equal(average, second.ema.averages[name]), name
+        for name, average in first.ema.weights.items():
+            assert torch.equal(average, second.ema.weights[name]), name
 
 
 def test_a_run_leaves_everything_that_was_promised(shapes: Path, tmp_path: Path) -> None:
-    config = tiny_config(shapes, tmp_path / "run", train=train_config(eval_every=1))
+    config = tiny_config(
+        shapes,
+        tmp_path / "run",
+        optimizer=OptimizerConfig(lr=1e-3, warmup_steps=5),
+        train=train_config(eval_every=1),
+    )
     trainer, result = train(config)
     assert (trainer.steps_per_epoch, trainer.step) == (3, 6)
     written = json.loads((config.output / "config.json").read_text())
@@ -89,7 +94,8 @@ def test_a_run_leaves_everything_that_was_promised(shapes: Path, tmp_path: Path)
         *(f"{b}/{t}" for b in ("one_to_one", "one_to_many", "encoder") for t in _TERMS),
         *("images_per_second", "data_wait_share"),
     }
-    assert logged[0]["lr"] == pytest.approx(1e-3)  # the second of two warm-up steps
+    # The learning rate of the step itself, in a warm-up of five steps.
+    assert [row["lr"] for row in logged] == pytest.approx([4e-4, 6e-4, 8e-4, 1e-3])
     assert result is not None
     evaluations = rows(config, "eval")
     assert [row["step"] for row in evaluations] == [3, 6]
@@ -127,13 +133,9 @@ def test_training_learns(shapes: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop", [2, 3, 4])
 def test_resume_is_exact(shapes: Path, tmp_path: Path, stop: int) -> None:
     # Dropout, flips, sizes, order and one-to-many draws are all random here.
-    averaged = {"ema_decay": 0.9, "ema_warmup_steps": 2}
-    straight = tiny_config(
-        shapes, tmp_path / "straight", train=train_config(max_steps=5, **averaged)
-    )
-    stopped = tiny_config(
-        shapes, tmp_path / "resumed", train=train_config(max_steps=stop, **averaged)
-    )
+    ema = {"ema_decay": 0.9, "ema_warmup_steps": 2}
+    straight = tiny_config(shapes, tmp_path / "straight", train=train_config(max_steps=5, **ema))
+    stopped = tiny_config(shapes, tmp_path / "resumed", train=train_config(max_steps=stop, **ema))
     resumed = dataclasses.replace(stopped, train=straight.train, resume="auto")
     expected, _ = train(straight)
     train(stopped)
@@ -153,7 +155,7 @@ def test_checkpoints_within_an_epoch_and_resume_from_a_named_one(
     )
     expected, _ = train(config)
     assert steps(config) == [2, 3, 4, 5]
-    # Logging of the interval that the checkpoint of step 2 cuts goes on over it.
+    # The checkpoint of step 2 does not end a logging interval.
     assert [row["step"] for row in rows(config, "train")] == [2, 3, 4, 5]
     named = dataclasses.replace(
         config,
@@ -164,36 +166,38 @@ def test_checkpoints_within_an_epoch_and_resume_from_a_named_one(
     assert_same_run(expected, actual)
 
 
-def test_averages_are_exported_and_can_be_given_up(
+def test_ema_weights_are_exported_and_can_be_dropped(
     shapes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = tiny_config(shapes, tmp_path / "run", train=train_config(max_steps=2, ema_decay=0.9))
     first, _ = train(config)
     assert first.ema is not None
     exported = load_weights(config.output / "weights.safetensors").state_dict
-    for name, tensor in (first.model.state_dict() | first.ema.averages).items():
+    for name, tensor in (first.model.state_dict() | first.ema.weights).items():
         assert torch.equal(exported[name], tensor), name
     assert not torch.equal(exported["level_embed"], first.model.level_embed)
 
     without = dataclasses.replace(config, train=train_config(max_steps=3), resume="auto")
     with caplog.at_level(logging.WARNING):
         second = build_trainer(without, WORKER)
-    assert "given up without ema_decay" in caplog.text
+    assert "are dropped: no ema_decay" in caplog.text
     assert second.ema is None
     second.train()
     again = dataclasses.replace(config, resume="auto")
     with caplog.at_level(logging.WARNING):
         third = build_trainer(again, WORKER)
-    assert "they start anew" in caplog.text
+    assert "has no EMA weights: they start from its weights" in caplog.text
     assert third.ema is not None
-    assert torch.equal(third.ema.averages["level_embed"], second.model.level_embed)
+    assert torch.equal(third.ema.weights["level_embed"], second.model.level_embed)
 
 
 def test_tensors_that_a_checkpoint_lacks_are_named(shapes: Path, tmp_path: Path) -> None:
     config = tiny_config(shapes, tmp_path / "run", train=train_config(max_steps=1, ema_decay=0.9))
     trainer, _ = train(config)
     checkpoint = load_checkpoint(find_checkpoints(config.output)[-1][1])
-    tensors = {name: x for name, x in trainer.tensors().items() if name != "average.level_embed"}
+    tensors = {
+        name: x for name, x in trainer.state.tensors().items() if name != "average.level_embed"
+    }
     incomplete = dataclasses.replace(checkpoint, tensors=TensorsInMemory(tensors))
     with pytest.raises(ValueError, match=r"step-00000001 lacks average\.level_embed"):
         trainer.load(incomplete)
@@ -323,23 +327,6 @@ def test_batch_size_must_fit_the_processes(shapes: Path, tmp_path: Path) -> None
         Trainer(config, model, data, None, worker)
 
 
-def test_the_encoder_is_assigned_once_before_the_forward_pass(
-    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = tiny_config(shapes, tmp_path / "run", train=train_config(max_steps=1))
-    trainer, order = build_trainer(config, WORKER), []
-    match = trainer.criterion._match_encoder
-
-    def matched(*arguments: Any) -> Any:
-        order.append("assignment")
-        return match(*arguments)
-
-    monkeypatch.setattr(trainer.criterion, "_match_encoder", matched)
-    trainer.model.register_forward_hook(lambda *_: order.append("output"))
-    trainer.train()
-    assert order == ["assignment", "output"]
-
-
 def test_same_seed_same_weights(shapes: Path, tmp_path: Path) -> None:
     def weight(seed: int) -> torch.Tensor:
         config = tiny_config(shapes, tmp_path / "run", seed=seed)
@@ -383,29 +370,29 @@ def test_non_finite_step_stops_the_run(
         assert torch.equal(tensor, stored[name])
 
 
-def test_a_bad_step_leaves_the_average_alone(
+def test_a_bad_step_does_not_change_the_ema_weights(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(shapes, tmp_path / "run", train=train_config(ema_decay=0.5))
     trainer = build_trainer(config, WORKER)
     assert trainer.ema is not None
-    batches = next(trainer._micro_batches())
+    batches = next(trainer._load_steps())
     trainer.train_step(on_device(batches, CPU))
-    before = {name: average.clone() for name, average in trainer.ema.averages.items()}
+    before = {name: average.clone() for name, average in trainer.ema.weights.items()}
     with torch.no_grad():
-        trainer.model.level_embed += 1.0  # so that the average would move
+        trainer.model.level_embed += 1.0  # so that the EMA weights would change
     pixels = torch.full(batches[0].images.pixels.shape, torch.nan)
     bad = batches[0]._replace(images=batches[0].images._replace(pixels=pixels))
     with pytest.raises(NonFiniteError):
         trainer.train_step(on_device([bad], CPU))
-    for name, average in trainer.ema.averages.items():
+    for name, average in trainer.ema.weights.items():
         assert torch.equal(average, before[name]), name
     trainer.finite = FiniteCheck(WORKER)
     trainer.train_step(on_device(batches, CPU))
-    assert not torch.equal(trainer.ema.averages["level_embed"], before["level_embed"])
+    assert not torch.equal(trainer.ema.weights["level_embed"], before["level_embed"])
 
 
-def test_averaged_weights_are_evaluated(
+def test_ema_weights_are_evaluated(
     shapes: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -427,9 +414,9 @@ def test_averaged_weights_are_evaluated(
     with caplog.at_level(logging.INFO):
         trainer, _ = train(config)
     assert trainer.ema is not None
-    assert torch.equal(evaluated[0], trainer.ema.averages["level_embed"])
+    assert torch.equal(evaluated[0], trainer.ema.weights["level_embed"])
     assert not torch.equal(evaluated[0], trainer.model.level_embed)
-    assert "evaluated 5 images with averaged weights" in caplog.text
+    assert "evaluated 5 images with the EMA weights" in caplog.text
 
 
 def test_activation_checkpointing_changes_nothing(shapes: Path, tmp_path: Path) -> None:
@@ -443,8 +430,8 @@ def test_activation_checkpointing_changes_nothing(shapes: Path, tmp_path: Path) 
         )[0]
         for parts in ("none", "all")
     ]
-    assert not runs[0].model.encoder.recompute
-    assert runs[1].model.encoder.recompute
+    assert not runs[0].model.encoder.activation_checkpointing
+    assert runs[1].model.encoder.activation_checkpointing
     assert_same_run(*runs)
 
 
@@ -487,7 +474,7 @@ _VARIANTS = {
 def test_every_parameter_gets_a_gradient(
     model_config: ModelConfig, num_targets: int, auxiliary: bool
 ) -> None:
-    # Distributed training waits for the gradient of every parameter: one without would hang it.
+    # Distributed training waits for the gradient of every parameter, and would hang without one.
     model = build_detector(model_config).train()
     images = ImageBatch(torch.randn(1, 3, 64, 64), torch.tensor([[64, 64]]))
     boxes = torch.rand(1, 8, 4) * 0.3 + 0.2

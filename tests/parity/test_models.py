@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from msdetr.config import RunConfig
-from msdetr.engine.optimizer import build_optimizer
+from msdetr.engine.optimizer.groups import build_optimizer
 from msdetr.evaluation.postprocess import postprocess
 from msdetr.model.checkpoint_adapter import load_state, published_name, published_to_ours
 from msdetr.model.detector import Detector

@@ -182,8 +182,8 @@ def test_options_reach_the_op():
     strict = AssignmentConfig(
         one_to_many_k=2,
         one_to_many_threshold=0.9,
-        one_to_many_cost_box=0.9,
-        one_to_many_cost_class=0.1,
+        one_to_many_iou_weight=0.9,
+        one_to_many_class_score_weight=0.1,
         positive_fraction=1.0,
     )
     expected = one_to_many(

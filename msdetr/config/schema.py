@@ -1,19 +1,17 @@
-"""Configuration: frozen dataclasses, one field per decision, each documented where it stands.
+"""The configuration classes: frozen dataclasses with one documented field per decision.
 
-`RunConfig` holds all of them. `msdetr.presets` names the recipes, and the command line is generated
-from these classes, so a field added here is an option there.
+`RunConfig` holds all of them. `msdetr.presets` names the recipes. The command line is generated
+from these classes, so that every field is an option.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
-ConfigT = TypeVar("ConfigT")
+from msdetr.config.checks import check_types, require_at_least, require_fraction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +67,11 @@ class ModelConfig:
     """Let a layer's box loss also train the refinement of the layer before."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require_positive(
+        check_types(self)
+        require_at_least(
+            1,
             self,
+            "num_classes",
             "hidden_dim",
             "num_heads",
             "num_encoder_points",
@@ -81,8 +81,6 @@ class ModelConfig:
             "feedforward_dim",
             "num_queries",
         )
-        if self.num_classes is not None and self.num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {self.num_classes}")
         if not 1 <= self.num_levels <= 5:
             raise ValueError(f"num_levels must be 1 to 5, got {self.num_levels}")
         if self.hidden_dim % self.num_heads:
@@ -110,7 +108,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AssignmentConfig:
-    """Which predictions answer for which targets."""
+    """How predictions are assigned to targets."""
 
     cost_class: float = 2.0
     """One-to-one: weight of the focal class cost."""
@@ -126,9 +124,9 @@ class AssignmentConfig:
     """One-to-many: at most this many queries per target."""
     one_to_many_threshold: float = 0.4
     """One-to-many: a query is positive where its best score reaches this."""
-    one_to_many_cost_box: float = 0.7
+    one_to_many_iou_weight: float = 0.7
     """One-to-many score: weight of the IoU."""
-    one_to_many_cost_class: float = 0.3
+    one_to_many_class_score_weight: float = 0.3
     """One-to-many score: weight of the class probability."""
     positive_fraction: float = 0.25
     """One-to-many: at most `int(positive_fraction * num_queries)` positives are kept, drawn at
@@ -137,19 +135,18 @@ class AssignmentConfig:
     """Add the one-to-one pairs to the one-to-many branch and give each query one target."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        if self.one_to_many_k < 1:
-            raise ValueError(f"one_to_many_k must be at least 1, got {self.one_to_many_k}")
-        if not 0.0 <= self.positive_fraction <= 1.0:
-            raise ValueError(f"positive_fraction must be in [0, 1], got {self.positive_fraction}")
-        _require_not_negative(
+        check_types(self)
+        require_at_least(1, self, "one_to_many_k")
+        require_fraction(self, "positive_fraction")
+        require_at_least(
+            0,
             self,
             "cost_class",
             "cost_bbox",
             "cost_giou",
             "encoder_cost_class",
-            "one_to_many_cost_box",
-            "one_to_many_cost_class",
+            "one_to_many_iou_weight",
+            "one_to_many_class_score_weight",
         )
         if self.cost_bbox == 0 and self.cost_giou == 0:
             raise ValueError("cost_bbox and cost_giou are both 0: boxes would not matter")
@@ -185,11 +182,10 @@ class LossConfig:
     """Supervise every decoder layer; False supervises the last one only."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         weights = [field.name for field in dataclasses.fields(self) if "weight" in field.name]
-        _require_not_negative(self, *weights, "focal_gamma")
-        if not 0.0 <= self.focal_alpha <= 1.0:
-            raise ValueError(f"focal_alpha must be in [0, 1], got {self.focal_alpha}")
+        require_at_least(0, self, *weights, "focal_gamma")
+        require_fraction(self, "focal_alpha")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,26 +239,20 @@ class DataConfig:
     """Loader processes per rank; 0 loads in the training process."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require_positive(
-            self, "crop_min_size", "crop_max_size", "test_size", "max_size", "pad_multiple"
-        )
+        check_types(self)
+        sizes = ("crop_min_size", "crop_max_size", "test_size", "max_size", "pad_multiple")
+        require_at_least(1, self, *sizes)
+        require_at_least(0, self, "num_image_buckets", "num_workers")
         for name in ("train_sizes", "crop_resize_sizes", "target_buckets"):
-            sizes = getattr(self, name)
-            if not sizes or min(sizes) < 1:
-                raise ValueError(f"{name} must be positive numbers, at least one, got {sizes}")
+            values = getattr(self, name)
+            if not values or min(values) < 1:
+                raise ValueError(f"{name} must be positive numbers, at least one, got {values}")
         if tuple(sorted(set(self.target_buckets))) != self.target_buckets:
             raise ValueError(f"target_buckets must ascend, got {self.target_buckets}")
         if self.crop_min_size > self.crop_max_size:
             raise ValueError(
                 f"crop_min_size ({self.crop_min_size}) exceeds crop_max_size ({self.crop_max_size})"
             )
-        if self.num_image_buckets is not None and self.num_image_buckets < 0:
-            raise ValueError(
-                f"num_image_buckets must not be negative, got {self.num_image_buckets}"
-            )
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers must not be negative, got {self.num_workers}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,19 +280,15 @@ class OptimizerConfig:
     """Steps of linear warm-up."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require_not_negative(
-            self, "lr", "backbone_lr", "weight_decay", "clip_grad_norm", "reference_lr_factor"
-        )
-        if self.lr_drop_epoch < 1:
-            raise ValueError(f"lr_drop_epoch must be at least 1, got {self.lr_drop_epoch}")
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
+        check_types(self)
+        rates = ("lr", "backbone_lr", "reference_lr_factor")
+        require_at_least(0, self, *rates, "weight_decay", "clip_grad_norm", "warmup_steps")
+        require_at_least(1, self, "lr_drop_epoch")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Length of training, what is written when."""
+    """Length of training, and what is written at which steps."""
 
     epochs: int = 12
     """Passes over the training images."""
@@ -315,11 +301,11 @@ class TrainConfig:
     """Micro-batches per optimizer step, computed one after the other to save memory. The update is
     that of the whole batch: losses are divided by the targets of all micro-batches."""
     activation_checkpointing: Literal["none", "encoder", "all"] = "none"
-    """Save memory by computing activations again in the backward pass: those of the encoder's
-    layers, or (`all`) of the decoder's layers and the backbone's stages too."""
+    """Save memory by computing activations a second time in the backward pass: those of the encoder
+    layers, or (`all`) also those of the decoder layers and the backbone stages."""
     ema_decay: float | None = None
-    """Decay of the running average of the weights, for instance 0.9999; what is evaluated and
-    exported are then the averages. None keeps no average."""
+    """Decay of the exponential moving average (EMA) of the weights, for instance 0.9999. The EMA
+    weights are then evaluated and exported. None keeps none."""
     ema_warmup_steps: int = 2000
     """The decay at step n is `ema_decay * (1 - exp(-n / ema_warmup_steps))`; 0 has no warm-up."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -334,10 +320,11 @@ class TrainConfig:
     """Epochs between evaluations; the last epoch is always evaluated. 0 never evaluates."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require_positive(
-            self, "epochs", "batch_size", "accumulation_steps", "log_every", "keep_checkpoints"
-        )
+        check_types(self)
+        lengths = ("epochs", "max_steps", "batch_size", "accumulation_steps")
+        intervals = ("log_every", "checkpoint_every", "keep_checkpoints")
+        require_at_least(1, self, *lengths, *intervals)
+        require_at_least(0, self, "ema_warmup_steps", "eval_every")
         if self.batch_size % self.accumulation_steps:
             raise ValueError(
                 f"batch_size ({self.batch_size}) is the number of images over all micro-batches: "
@@ -345,13 +332,6 @@ class TrainConfig:
             )
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
             raise ValueError(f"ema_decay must be in (0, 1), or None, got {self.ema_decay}")
-        _require_not_negative(self, "ema_warmup_steps")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
-        if self.checkpoint_every is not None and self.checkpoint_every < 1:
-            raise ValueError(f"checkpoint_every must be at least 1, got {self.checkpoint_every}")
-        if self.eval_every < 0:
-            raise ValueError(f"eval_every must not be negative, got {self.eval_every}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,17 +339,17 @@ class CompileConfig:
     """Compilation of the training step by torch.compile."""
 
     mode: Literal["auto", "on", "off"] = "auto"
-    """`auto` compiles on CUDA and not on the CPU. What cannot be compiled is an error; `off` trains
-    without."""
+    """`auto` compiles on CUDA and not on the CPU. Code that cannot be compiled is an error; `off`
+    trains without compilation."""
     warm_up: bool = True
-    """Compile all image buckets before the first step (with `data.num_image_buckets`), instead of
-    each when it is first met."""
+    """With `data.num_image_buckets`: compile for all image buckets before the first step, instead
+    of for each bucket at its first batch."""
     cuda_graphs: bool = False
-    """Record each bucket's step as a CUDA graph and replay it: no work for the host in between.
-    Needs CUDA."""
+    """Capture the step of each image bucket as a CUDA graph and replay it, so that the host has no
+    work within a step. Needs CUDA."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,15 +364,14 @@ class EvalConfig:
     """Suppress a detection that overlaps a better one of its class by more than this IoU."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require_positive(self, "batch_size", "max_detections")
-        if self.nms_iou_threshold is not None and not 0.0 <= self.nms_iou_threshold <= 1.0:
-            raise ValueError(f"nms_iou_threshold must be in [0, 1], got {self.nms_iou_threshold}")
+        check_types(self)
+        require_at_least(1, self, "batch_size", "max_detections")
+        require_fraction(self, "nms_iou_threshold")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that decides a training run."""
+    """Everything that determines a training run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """The architecture."""
@@ -425,9 +404,8 @@ class RunConfig:
     """Seed of initialisation, data order, augmentation, dropout and random assignment."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}")
+        check_types(self)
+        require_at_least(0, self, "seed")
         if self.resume is not None and self.weights is not None:
             raise ValueError("resume continues a run, weights starts a new one: give one of them")
         if self.parallel == "fsdp" and self.compile.cuda_graphs:
@@ -435,92 +413,13 @@ class RunConfig:
                 "compile.cuda_graphs needs parallel ddp: shards are gathered to addresses that "
                 "change, which a graph cannot follow"
             )
-        recomputes = self.train.activation_checkpointing != "none"
-        if self.compile.cuda_graphs and recomputes and self.model.dropout > 0:
+        checkpoints = self.train.activation_checkpointing != "none"
+        if self.compile.cuda_graphs and checkpoints and self.model.dropout > 0:
             raise ValueError(
                 "compile.cuda_graphs with train.activation_checkpointing needs model.dropout 0: "
-                "the state of the random generator cannot be read while a graph is recorded"
+                "the state of the random generator cannot be read during the capture of a graph"
             )
         if self.parallel == "fsdp" and self.optimizer.name == "sgd":
             raise ValueError(
                 "parallel fsdp needs optimizer.name adamw: torch's fused SGD takes no shards"
             )
-
-
-def _check_types(config: Any) -> None:
-    """Refuse values that are not what the field's annotation says."""
-    for name, hint in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if not _fits(value, hint):
-            expected = str(hint).replace("typing.", "") if typing.get_args(hint) else hint.__name__
-            raise ValueError(f"{name} must be {expected}, got {value!r}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    arguments = typing.get_args(hint)
-    if isinstance(hint, types.UnionType):
-        return any(_fits(value, option) for option in arguments)
-    if typing.get_origin(hint) is Literal:
-        return isinstance(value, str) and value in arguments
-    if typing.get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
-
-
-def _require_positive(config: Any, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-
-
-def _require_not_negative(config: Any, *names: str) -> None:
-    for name in names:
-        # Written so that NaN is refused too.
-        if not 0.0 <= getattr(config, name) < float("inf"):
-            raise ValueError(
-                f"{name} must be a finite number of at least 0, got {getattr(config, name)}"
-            )
-
-
-def config_to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as plain JSON types, nested as the dataclasses are."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, (tuple, list)):
-            return [plain(item) for item in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return typing.cast(dict[str, Any], plain(dataclasses.asdict(config)))
-
-
-def config_from_dict(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
-    """The inverse of `config_to_dict`; fields that are absent keep their defaults.
-
-    Raises:
-        ValueError: `values` has a field that `cls` does not know, or a value it refuses.
-    """
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
-        raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}")
-    return cls(**{name: _parse_value(hints[name], value) for name, value in values.items()})
-
-
-def _parse_value(hint: Any, value: Any) -> Any:
-    if value is None:
-        return None
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for option in options:
-        if dataclasses.is_dataclass(option):
-            return config_from_dict(typing.cast(type[Any], option), value)
-        if option is Path:
-            return Path(value)
-        if typing.get_origin(option) is tuple and isinstance(value, list):
-            return tuple(value)
-        if option is float and type(value) is int:
-            return float(value)
-    return value

@@ -1,0 +1,41 @@
+"""Batches of the shapes that a run will meet, to compile for them before the first step."""
+
+from __future__ import annotations
+
+import torch
+
+from msdetr.config import RunConfig
+from msdetr.data.collate import Collate
+from msdetr.data.dataset import DetectionDataset, Sample
+from msdetr.data.loader import train_image_buckets
+from msdetr.data.sampler import rank_batch_size
+from msdetr.data.transforms import Size
+from msdetr.engine.distributed import Worker
+from msdetr.structures import Batch
+
+
+def warm_up_batches(config: RunConfig, data: DetectionDataset, worker: Worker) -> list[Batch]:
+    """A micro-batch of black images for each image bucket of the run. All ranks call it."""
+    buckets = train_image_buckets(config, data, world_size=worker.world_size)
+    # Two numbers of targets are enough: from the second on, graphs accept any.
+    smallest, *larger = config.data.target_buckets
+    shapes = [(size, smallest) for size in buckets]
+    shapes += [(size, num_targets) for size in buckets[:1] for num_targets in larger[:1]]
+    return [_blank_batch(config, worker, size, num_targets) for size, num_targets in shapes]
+
+
+def _blank_batch(config: RunConfig, worker: Worker, size: Size, num_targets: int) -> Batch:
+    sample = Sample(
+        pixels=torch.zeros(3, *size, dtype=torch.uint8),
+        labels=torch.zeros(num_targets, dtype=torch.int64),
+        boxes=torch.full((num_targets, 4), 0.5),
+        image_id=0,
+        original_size=size,
+    )
+    count = rank_batch_size(
+        config.train.batch_size,
+        world_size=worker.world_size,
+        accumulation_steps=config.train.accumulation_steps,
+    )
+    collate = Collate(config.data.pad_multiple, config.data.target_buckets, (size,))
+    return collate([sample] * count)
