@@ -1,6 +1,7 @@
-"""How a process computes on a CPU: waiting threads, huge pages, freed memory.
+"""Settings of a process that computes on a CPU: waiting threads and freed memory.
 
-Imports no torch, which reads its share of this when it is imported.
+`docs/design/cpu.md` has the measurements. This module does not import torch, which reads the
+environment when it is imported.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ import ctypes
 import os
 import sys
 
-ENVIRONMENT = {"GOMP_SPINCOUNT": "1000", "THP_MEM_ALLOC_ENABLE": "1"}
-"""What `tune_cpu_environment` sets."""
+ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
+"""Environment variables that `tune_cpu_environment` sets."""
 
-# What a user who has a mind of their own about memory sets (see mallopt(3), ld.so(8)).
+# A user who sets one of these configures the allocator himself (mallopt(3), ld.so(8)).
 _ALLOCATOR_VARIABLES = (
     "LD_PRELOAD",
     "GLIBC_TUNABLES",
@@ -25,27 +26,24 @@ _M_MMAP_MAX = -4
 
 
 def tune_cpu_environment() -> None:
-    """Set what torch reads from the environment for runs on a CPU, unless the user has set it.
+    """Let waiting OpenMP threads sleep early, unless the user has set their behaviour.
 
-    Threads of OpenMP that wait soon sleep: by default they spin for long, and a run that shares
-    its cores with anything else slows down several times over. Large tensors on Linux ask for huge
-    pages (where the system's setting is `madvise`): each small page of fresh memory costs a fault.
-    Only has an effect before torch is imported, and on processes that are started afterwards.
+    By default they spin for a long time, which slows down a run on shared cores several times over.
+    Call it before torch is imported. It also applies to processes that are started later.
     """
-    for name, value in ENVIRONMENT.items():
-        if name != "GOMP_SPINCOUNT" or "OMP_WAIT_POLICY" not in os.environ:
+    if "OMP_WAIT_POLICY" not in os.environ:
+        for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep the memory of freed tensors for the next ones; whether it now does.
+    """Let this process reuse the memory of freed tensors. Returns whether it does.
 
-    By default glibc returns every large block to the system at once, and the activations of the
-    next step are fresh pages again, each a fault to be zeroed. With huge pages, the published
-    code's training step of 23.5 s became one of 13.2 s (docs/design.md). Images of many sizes leave
-    holes in what is kept: 7 GB instead of 4 GB in one such run.
+    By default glibc returns every large block to the system at once, so that each step faults in
+    and clears its activations again. Images of many sizes fragment the memory that is kept: 7 GB
+    instead of 4 GB in one run.
 
-    Nothing is changed on other C libraries, or where the environment chooses an allocator or its
+    Changes nothing with other C libraries, or where the environment chooses an allocator or its
     thresholds.
     """
     if sys.platform != "linux" or any(name in os.environ for name in _ALLOCATOR_VARIABLES):
@@ -54,5 +52,5 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return False
-    # No block by mmap, which free would unmap; no trimming of the heap. Each returns 1 on success.
+    # No block by mmap, which `free` would unmap, and no trimming of the heap. 1 means success.
     return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))

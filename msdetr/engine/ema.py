@@ -48,10 +48,10 @@ class WeightEMA:
         """Move the EMA weights towards the weights if `finite` (0-dim bool, on the device)."""
         # A product on the device, because `_foreach_lerp_` takes its factor from the host.
         factor = torch.where(finite, self._one_minus_decay, 0.0)
-        averages = [local_tensor(average) for average in self.weights.values()]
-        steps = torch._foreach_sub(list(map(local_tensor, self._parameters.values())), averages)
+        ema = [local_tensor(weight) for weight in self.weights.values()]
+        steps = torch._foreach_sub(list(map(local_tensor, self._parameters.values())), ema)
         torch._foreach_mul_(steps, factor)
-        torch._foreach_add_(averages, steps)
+        torch._foreach_add_(ema, steps)
 
     def restart(self) -> None:
         """Set the EMA weights to the current weights."""
@@ -70,7 +70,7 @@ class WeightEMA:
     @torch.no_grad()
     def _exchange(self) -> None:
         for name, parameter in self._parameters.items():
-            weight, average = local_tensor(parameter), local_tensor(self.weights[name])
+            weight, ema = local_tensor(parameter), local_tensor(self.weights[name])
             saved = weight.clone()
-            weight.copy_(average)
-            average.copy_(saved)
+            weight.copy_(ema)
+            ema.copy_(saved)

@@ -3,11 +3,11 @@
 Both compute the gradient of the mean of the ranks' losses, in the same precision: parameters and
 gradients are float32, and autocast chooses the operations that run in bfloat16.
 
-Shards (`fully_shard`, the second stage of ZeRO, Rajbhandari et al., arXiv:1910.02054): parameters,
-gradients and optimizer state are divided over the ranks. Parameters are gathered for the forward
-pass and kept for the backward pass, so that a step moves as many bytes as DDP's all-reduce. These
-models are small against what their activations take; gathering a second time would save less
-memory than one encoder layer's activations.
+With shards (`fully_shard`, the second stage of ZeRO, Rajbhandari et al., arXiv:1910.02054),
+parameters, gradients and optimizer state are divided over the ranks. Parameters are gathered for
+the forward pass and kept for the backward pass, so that a step moves as many bytes as DDP's
+all-reduce. Gathering them a second time would save little: all parameters take less memory than
+the activations of one encoder layer.
 """
 
 from __future__ import annotations
