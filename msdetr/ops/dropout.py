@@ -1,9 +1,9 @@
 """Dropout (Srivastava et al., JMLR 2014), with cheap random numbers on a CPU.
 
-PyTorch draws one Bernoulli number after the other there, which took a sixth of a training step.
-Here four elements share 64 random bits, so that `p` is rounded to a multiple of 2 ** -16; what is
-kept is scaled by the rounded probability, and the mean stays what it was. Other devices run
-PyTorch's. The operators are opaque: compiled code draws them as eager code does.
+On a CPU, PyTorch draws Bernoulli numbers one by one, which took a sixth of a training step. Here
+four elements share 64 random bits, so that `p` is rounded to a multiple of 2 ** -16. Elements that
+are kept are scaled by the rounded probability, so that the mean is preserved. Other devices use
+PyTorch's dropout. Compiled code draws the same numbers as eager code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from msdetr.ops.registration import register_op
 
 _LEVELS = 1 << 16
-"""How many values a 16-bit number has."""
+"""Number of values of a 16-bit integer."""
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -39,9 +39,9 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 
 def relu_dropout(x: Tensor, p: float) -> Tensor:
-    """`dropout(relu(x), p)`, which may overwrite `x`; keeps its output alone for the gradient.
+    """`dropout(relu(x), p)`. May overwrite `x`, and keeps only its output for the gradient.
 
-    An element of the output is positive exactly where ReLU and dropout let it pass.
+    An element of the output is positive exactly where ReLU and dropout pass it.
 
     Args:
         x: floating point, of any shape; must not be a leaf, nor needed for another gradient.
@@ -61,7 +61,7 @@ def _is_ours(x: Tensor, p: float) -> bool:
 
 
 def _levels_dropped(p: float) -> int:
-    """How many of the 65,536 values mean that an element is dropped; never all of them."""
+    """Number of the 65,536 values for which an element is dropped; never all of them."""
     return min(round(p * _LEVELS), _LEVELS - 1)
 
 
@@ -78,7 +78,7 @@ def _draw_kept(x: Tensor, p: float) -> Tensor:
 
 
 def _keep(x: Tensor, kept: Tensor, p: float) -> Tensor:
-    # Faster than a product, for which the mask is first converted as a whole.
+    # Faster than a product, which would first convert the whole mask.
     return torch.where(kept, x, 0.0).mul_(_scale(p))
 
 
@@ -121,7 +121,7 @@ def _relu_dropout_formula(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return passed.mul_(_scale(ctx.p)), None
 
 
-# The tag keeps compiled code from drawing again in the backward pass.
+# The tag prevents compiled code from drawing again in the backward pass.
 register_op(
     "dropout(Tensor x, float p) -> (Tensor output, Tensor kept)",
     _dropout,

@@ -1,4 +1,4 @@
-"""Dropout on a CPU: what is kept, how it is scaled, and its gradients."""
+"""Dropout on a CPU: the share and scale of elements that are kept, and gradients."""
 
 from __future__ import annotations
 
