@@ -25,6 +25,19 @@ def level_size(level, levels, NUM_LEVELS: tl.constexpr):
 
 
 @triton.jit
+def level_sizes(level, levels, valid_ptr, batch, L: tl.constexpr, HAS_VALID_SIZES: tl.constexpr):
+    """(height, width, valid height, valid width) of a level of image `batch`."""
+    height, width = level_size(level, levels, L)
+    valid_height = height
+    valid_width = width
+    if HAS_VALID_SIZES:
+        pointer = valid_ptr + (batch * L + level) * 2  # [B, L, 2]
+        valid_height = tl.load(pointer).to(tl.int32)
+        valid_width = tl.load(pointer + 1).to(tl.int32)
+    return height, width, valid_height, valid_width
+
+
+@triton.jit
 def tile_queries(
     tile,
     num_queries,
@@ -197,15 +210,6 @@ def split_pixel(x, y, height, width):
 def within(index, size):
     """0 <= index < size, with one comparison."""
     return index.to(tl.uint32, bitcast=True) < size.to(tl.uint32)
-
-
-@triton.jit
-def load_valid_size(pointer, height, width, HAS_VALID_SIZES: tl.constexpr):
-    """(height, width) of the area of a level that is not padding."""
-    if HAS_VALID_SIZES:
-        height = tl.load(pointer).to(tl.int32)
-        width = tl.load(pointer + 1).to(tl.int32)
-    return height, width
 
 
 @triton.jit

@@ -20,11 +20,10 @@ import triton.language as tl
 from msdetr.kernels.deform_sampling import (
     channel_mask,
     columns,
-    level_size,
+    level_sizes,
     load_logits,
     load_points,
     load_reference,
-    load_valid_size,
     softmax_of_rows,
     split_pixel,
     tile_queries,
@@ -48,10 +47,7 @@ def _add_sample(
     x,
     y,
     weight,
-    height,
-    width,
-    valid_height,
-    valid_width,
+    sizes,
     stride_s,
     D: tl.constexpr,
     SPLIT_D: tl.constexpr,
@@ -59,6 +55,7 @@ def _add_sample(
     WIDE: tl.constexpr,
 ):
     """`acc` plus `weight` times the bilinear sample at pixel (x, y), all [ROWS]."""
+    height, width, valid_height, valid_width = sizes
     x0, y0, right, down = split_pixel(x, y, height, width)
     in_x0 = within(x0, valid_width)
     in_x1 = within(x0 + 1, valid_width)
@@ -146,10 +143,8 @@ def forward_kernel(
     level_pointers = value_ptr + batch * stride_vb + head * D + channel
     acc = _zeros(BLOCK_Q, SPLIT_D, SPLITS)
     for level in range(L):
-        height, width = level_size(level, levels, L)
-        valid_height, valid_width = load_valid_size(
-            valid_ptr + (batch * L + level) * 2, height, width, HAS_VALID_SIZES
-        )
+        sizes = level_sizes(level, levels, valid_ptr, batch, L, HAS_VALID_SIZES)
+        height, width, _valid_height, _valid_width = sizes
         float_height = height.to(tl.float32)
         float_width = width.to(tl.float32)
         x0, y0, step_x, step_y = load_reference(
@@ -172,10 +167,7 @@ def forward_kernel(
                     x,
                     y,
                     ws[i],
-                    height,
-                    width,
-                    valid_height,
-                    valid_width,
+                    sizes,
                     stride_vs,
                     D,
                     SPLIT_D,

@@ -26,12 +26,11 @@ from msdetr.kernels.deform_sampling import (
     channel_mask,
     columns,
     from_columns,
-    level_size,
+    level_sizes,
     load_gradient,
     load_logits,
     load_points,
     load_reference,
-    load_valid_size,
     softmax_of_rows,
     split_pixel,
     tile_queries,
@@ -66,10 +65,7 @@ def _sample_gradients(
     x,
     y,
     weight,
-    height,
-    width,
-    valid_height,
-    valid_width,
+    sizes,
     stride_s,
     D: tl.constexpr,
     SPLIT_D: tl.constexpr,
@@ -77,6 +73,7 @@ def _sample_gradients(
     WIDE: tl.constexpr,
 ):
     """Gradients [ROWS] of x and y (pixels) and of the weight of one sample per row."""
+    height, width, valid_height, valid_width = sizes
     x0, y0, right, down = split_pixel(x, y, height, width)
     in_x0 = within(x0, valid_width)
     in_x1 = within(x0 + 1, valid_width)
@@ -165,10 +162,8 @@ def points_kernel(
         slots = tl.arange(0, SLOTS)[None, :, None]
         grad_all = tl.zeros((BLOCK_Q, SLOTS, GROUP), tl.float32)
     for level in range(L):
-        height, width = level_size(level, levels, L)
-        valid_height, valid_width = load_valid_size(
-            valid_ptr + (batch * L + level) * 2, height, width, HAS_VALID_SIZES
-        )
+        sizes = level_sizes(level, levels, valid_ptr, batch, L, HAS_VALID_SIZES)
+        height, width, _valid_height, _valid_width = sizes
         float_height = height.to(tl.float32)
         float_width = width.to(tl.float32)
         x0, y0, step_x, step_y = load_reference(
@@ -199,10 +194,7 @@ def points_kernel(
                     x,
                     y,
                     ws[i],
-                    height,
-                    width,
-                    valid_height,
-                    valid_width,
+                    sizes,
                     stride_vs,
                     D,
                     SPLIT_D,

@@ -35,7 +35,7 @@ from msdetr.kernels.deform_cells import (
     load_queries,
     load_samples,
 )
-from msdetr.kernels.deform_sampling import level_size, load_gradient, load_valid_size, within
+from msdetr.kernels.deform_sampling import level_size, level_sizes, load_gradient, within
 from msdetr.kernels.ms_deform_attn_value import scatter_sample
 
 
@@ -138,10 +138,7 @@ def _splat_level(
     count,
     level_base,
     window_ptr,
-    height,
-    width,
-    valid_height,
-    valid_width,
+    sizes,
     L: tl.constexpr,
     P: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -161,6 +158,7 @@ def _splat_level(
     fine_grad, fine_inside, fine_samples = fine
     coarse_grad, coarse_inside, coarse_samples = coarse
     fine_xs, fine_ys, _fine_ws = fine_samples
+    _height, width, valid_height, valid_width = sizes
     sum_x = tl.zeros((FINE,), tl.float32)
     sum_y = tl.zeros((FINE,), tl.float32)
     for i in tl.static_range(P):
@@ -302,10 +300,8 @@ def splat_kernel(
     # One loop per window size, to limit the code and its compilation time.
     for loop in tl.static_range(2 if L > 2 else 1):
         for level in range(2 * loop, L if loop == 1 or L < 2 else 2):
-            height, width = level_size(level, levels, L)
-            valid_height, valid_width = load_valid_size(
-                valid_ptr + level * 2, height, width, HAS_VALID_SIZES
-            )
+            sizes = level_sizes(level, levels, valid_ptr, 0, L, HAS_VALID_SIZES)
+            height, width, _valid_height, _valid_width = sizes
             samples = load_samples(fine_inputs, level, height, width, P, R, FINE, GROUP)
             fine = (grad, inside, samples)
             if L > 1:
@@ -319,10 +315,7 @@ def splat_kernel(
                 count,
                 level_base,
                 windows_ptr + level * 3,
-                height,
-                width,
-                valid_height,
-                valid_width,
+                sizes,
                 L,
                 P,
                 M * D,
@@ -346,10 +339,7 @@ def _scatter_rest(
     level_base,
     level,
     window,
-    height,
-    width,
-    valid_height,
-    valid_width,
+    sizes,
     STRIDE: tl.constexpr,
     D: tl.constexpr,
     P: tl.constexpr,
@@ -361,6 +351,7 @@ def _scatter_rest(
 ):
     """Add the samples of some queries that were left out of a window (origin x, origin y, side)."""
     origin_x, origin_y, side = window
+    height, width, valid_height, valid_width = sizes
     xs, ys, ws = load_samples(queries, level, height, width, P, R, ROWS, GROUP)
     channel = tl.arange(0, SPLIT_D)[None, :]
     grad = load_gradient(grad_output_ptr, query * STRIDE, channel, inside, D, SPLIT_D, SPLITS)
@@ -375,10 +366,7 @@ def _scatter_rest(
             ys[i],
             ws[i],
             rows,
-            height,
-            width,
-            valid_height,
-            valid_width,
+            sizes,
             1.0,
             STRIDE,
             D,
@@ -435,9 +423,7 @@ def rest_kernel(
     for level in range(L):
         height, width = level_size(level, levels, L)
         if tl.load(windows_ptr + level * 3 + 2) > 0.0:
-            valid_height, valid_width = load_valid_size(
-                valid_ptr + level * 2, height, width, HAS_VALID_SIZES
-            )
+            sizes = level_sizes(level, levels, valid_ptr, 0, L, HAS_VALID_SIZES)
             origin_x = tl.load(windows_ptr + level * 3)
             origin_y = tl.load(windows_ptr + level * 3 + 1)
             window = (origin_x, origin_y, tl.where(level < 2, SIDE, COARSE_SIDE))
@@ -468,10 +454,7 @@ def rest_kernel(
                     level_base,
                     level,
                     window,
-                    height,
-                    width,
-                    valid_height,
-                    valid_width,
+                    sizes,
                     M * D,
                     D,
                     P,

@@ -19,12 +19,11 @@ import triton.language as tl
 from msdetr.kernels.deform_sampling import (
     channel_mask,
     columns,
-    level_size,
+    level_sizes,
     load_gradient,
     load_logits,
     load_points,
     load_reference,
-    load_valid_size,
     softmax_of_rows,
     split_pixel,
     tile_queries,
@@ -63,10 +62,7 @@ def scatter_sample(
     y,
     weight,
     rows,
-    height,
-    width,
-    valid_height,
-    valid_width,
+    sizes,
     fixed_point,
     STRIDE: tl.constexpr,
     D: tl.constexpr,
@@ -76,6 +72,7 @@ def scatter_sample(
     FIXED_POINT: tl.constexpr,
 ):
     """Add one sample per row, where `rows` [ROWS] is True, to the gradient of `value`."""
+    height, width, valid_height, valid_width = sizes
     x0, y0, right, down = split_pixel(x, y, height, width)
     in_x0 = within(x0, valid_width)
     in_x1 = within(x0 + 1, valid_width)
@@ -171,10 +168,8 @@ def value_kernel(
         highest, scale = softmax_of_rows(weights, L * P, PADDED_LP)
     level_pointers = grad_value_ptr + batch * num_tokens * (M * D) + head * D + channel
     for level in range(L):
-        height, width = level_size(level, levels, L)
-        valid_height, valid_width = load_valid_size(
-            valid_ptr + (batch * L + level) * 2, height, width, HAS_VALID_SIZES
-        )
+        sizes = level_sizes(level, levels, valid_ptr, batch, L, HAS_VALID_SIZES)
+        height, width, _valid_height, _valid_width = sizes
         float_height = height.to(tl.float32)
         float_width = width.to(tl.float32)
         x0, y0, step_x, step_y = load_reference(
@@ -201,10 +196,7 @@ def value_kernel(
                     y,
                     ws[i],
                     rows,
-                    height,
-                    width,
-                    valid_height,
-                    valid_width,
+                    sizes,
                     fixed_point,
                     M * D,
                     D,
