@@ -12,7 +12,8 @@ from msdetr.config import EvalConfig
 from msdetr.engine.device import autocast, to_device
 from msdetr.engine.distributed import Worker, gather_objects
 from msdetr.engine.metrics import progress
-from msdetr.evaluation.coco_eval import CocoEvaluator, CocoResult
+from msdetr.evaluation.coco_eval import CocoEvaluator
+from msdetr.evaluation.coco_metrics import CocoResult
 from msdetr.evaluation.postprocess import postprocess
 from msdetr.structures import Batch
 

@@ -56,7 +56,8 @@ from msdetr.engine.parallel import distribute, full_tensor, gathered, gradient_s
 from msdetr.engine.prefetch import StepInput, prefetch
 from msdetr.engine.seeding import seed_step
 from msdetr.engine.side_stream import SideStream
-from msdetr.evaluation.coco_eval import CocoEvaluator, CocoResult
+from msdetr.evaluation.coco_eval import CocoEvaluator
+from msdetr.evaluation.coco_metrics import CocoResult
 from msdetr.losses.criterion import Criterion, LossOutput, add_losses
 from msdetr.model.checkpoint_adapter import check_state
 from msdetr.model.detector import Detector
@@ -319,7 +320,7 @@ class Trainer:
             result = evaluate_detector(
                 self.model,
                 build_eval_loader(config, data, rank=worker.rank, world_size=worker.world_size),
-                CocoEvaluator(data.annotations.annotation_file, self.label_map),
+                CocoEvaluator(data.annotations.table, self.label_map),
                 config.eval,
                 worker,
                 precision=config.train.precision,

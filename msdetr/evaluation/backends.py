@@ -1,8 +1,8 @@
 """Matching detections to ground truth by the rules of COCO: hotcoco, or pycocotools, the reference.
 
-Both get the same arrays and give the same ones back. Image and category ids are replaced by their
-places in the ground truth and annotations numbered from 1, because pycocotools takes an annotation
-with id 0 for unmatched and both take ids through floating point where detections are an array.
+Both get and return the same arrays. Images and categories are identified by their position in the
+annotation table, and annotations are numbered from 1: pycocotools considers an annotation with id 0
+unmatched, and both libraries convert ids to floating point where detections are an array.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import hotcoco
 import numpy as np
 from numpy.typing import NDArray
 
-from msdetr.evaluation.ground_truth import Floats, GroundTruth, Ints
+from msdetr.annotations.table import AnnotationTable, Floats, Ints
 
 Backend = Literal["hotcoco", "pycocotools"]
 
@@ -26,7 +26,7 @@ MAX_DETECTIONS = (1, 10, 100)
 
 
 class ScoredBoxes(NamedTuple):
-    """N detections; images and categories by their place in the ground truth."""
+    """N detections; images and categories by position in the table."""
 
     image_index: Ints
     """[N]"""
@@ -39,7 +39,7 @@ class ScoredBoxes(NamedTuple):
 
 
 class Curves(NamedTuple):
-    """What COCO accumulates; -1 where there is no ground truth.
+    """Precision and recall as COCO accumulates them; -1 where there is no ground truth.
 
     T IoU thresholds, R recall levels, K categories, A area ranges, D limits on the detections.
     """
@@ -47,34 +47,34 @@ class Curves(NamedTuple):
     precision: Floats
     """[T, R, K, A, D]"""
     recall: Floats
-    """[T, K, A, D], the highest that is reached."""
+    """[T, K, A, D], the maximum over the detections."""
 
 
-def score_boxes(ground_truth: GroundTruth, detections: ScoredBoxes, backend: Backend) -> Curves:
+def score_boxes(table: AnnotationTable, detections: ScoredBoxes, backend: Backend) -> Curves:
     """Match and accumulate, printing nothing.
 
     Raises:
         ValueError: `backend` is unknown, or pycocotools is asked for and not installed.
     """
     if backend == "hotcoco":
-        evaluation = _hotcoco(ground_truth, detections)
+        evaluation = _hotcoco(table, detections)
     elif backend == "pycocotools":
-        evaluation = _pycocotools(ground_truth, detections)
+        evaluation = _pycocotools(table, detections)
     else:
         raise ValueError(f"backend must be 'hotcoco' or 'pycocotools', got {backend!r}")
     return Curves(precision=evaluation["precision"], recall=evaluation["recall"])
 
 
-def _hotcoco(ground_truth: GroundTruth, detections: ScoredBoxes) -> dict[str, Any]:
-    images, categories = _images_and_categories(ground_truth)
+def _hotcoco(table: AnnotationTable, detections: ScoredBoxes) -> dict[str, Any]:
+    images, categories = _images_and_categories(table)
     truth = hotcoco.COCO.from_arrays(
         images,
         categories,
-        ground_truth.image_index,
-        ground_truth.category_index,
-        ground_truth.boxes,
-        area=ground_truth.area,
-        iscrowd=ground_truth.is_crowd,
+        table.image_index,
+        table.category_index.numpy(),
+        table.boxes.numpy(),
+        area=table.areas.numpy(),
+        iscrowd=table.is_crowd.numpy(),
     )
     results = truth.load_res(
         np.column_stack(
@@ -92,7 +92,7 @@ def _hotcoco(ground_truth: GroundTruth, detections: ScoredBoxes) -> dict[str, An
     return cast(dict[str, Any], evaluator.eval)
 
 
-def _pycocotools(ground_truth: GroundTruth, detections: ScoredBoxes) -> dict[str, Any]:
+def _pycocotools(table: AnnotationTable, detections: ScoredBoxes) -> dict[str, Any]:
     try:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
@@ -102,15 +102,15 @@ def _pycocotools(ground_truth: GroundTruth, detections: ScoredBoxes) -> dict[str
             "or take backend 'hotcoco', which gives the same numbers"
         ) from error
 
-    images, categories = _images_and_categories(ground_truth)
+    images, categories = _images_and_categories(table)
     annotations = _entries(
-        ground_truth.image_index,
-        ground_truth.category_index,
-        ground_truth.boxes,
-        area=ground_truth.area,
-        iscrowd=ground_truth.is_crowd.astype(np.int64),
+        table.image_index,
+        table.category_index.numpy(),
+        table.boxes.numpy(),
+        area=table.areas.numpy(),
+        iscrowd=table.is_crowd.numpy().astype(np.int64),
     )
-    results = _entries(
+    detected = _entries(
         detections.image_index,
         detections.category_index,
         detections.boxes,
@@ -118,30 +118,28 @@ def _pycocotools(ground_truth: GroundTruth, detections: ScoredBoxes) -> dict[str
         score=detections.scores,
     )
     with contextlib.redirect_stdout(io.StringIO()):
-        truth, found = COCO(), COCO()
-        for dataset, entries in ((truth, annotations), (found, results)):
+        truth, results = COCO(), COCO()
+        for dataset, entries in ((truth, annotations), (results, detected)):
             dataset.dataset = {"images": images, "categories": categories, "annotations": entries}
             dataset.createIndex()
-        evaluator = COCOeval(truth, found, "bbox")
+        evaluator = COCOeval(truth, results, "bbox")
         evaluator.evaluate()
         evaluator.accumulate()
     return cast(dict[str, Any], evaluator.eval)
 
 
 def _images_and_categories(
-    ground_truth: GroundTruth,
+    table: AnnotationTable,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    images = [{"id": index} for index in range(len(ground_truth.image_ids))]
-    categories = [
-        {"id": index, "name": name} for index, name in enumerate(ground_truth.category_names)
-    ]
+    images = [{"id": index} for index in range(len(table))]
+    categories = [{"id": index, "name": name} for index, name in enumerate(table.category_names)]
     return images, categories
 
 
 def _entries(
     image_index: Ints, category_index: Ints, boxes: Floats, **columns: NDArray[Any]
 ) -> list[dict[str, Any]]:
-    """Columns as the list of dicts that pycocotools works on."""
+    """Columns as the list of dicts that pycocotools takes."""
     names = ("image_id", "category_id", "bbox", *columns)
     rows = zip(
         image_index.tolist(),

@@ -8,7 +8,6 @@ import torch
 from torch.utils.data import Dataset
 
 from msdetr.config import DataConfig, EvalConfig, RunConfig, TrainConfig
-from msdetr.data.coco import load_coco
 from msdetr.data.dataset import DetectionDataset
 from msdetr.data.loader import EpochSamples, build_eval_loader, build_train_loader
 from msdetr.data.sampler import step_indices
@@ -41,7 +40,7 @@ def with_workers(num_workers: int) -> RunConfig:
 @pytest.fixture
 def dataset(noise_coco):
     folder = noise_coco(18)
-    annotations = load_coco(folder.annotations, folder.images)
+    annotations = folder.load()
     return DetectionDataset(annotations, training_transform(CONFIG.data))
 
 
@@ -117,12 +116,12 @@ def test_any_step_can_be_reproduced(dataset):
         indices = step_indices(
             seed=7, epoch=3, step=step, num_images=18, batch_size=4, rank=0, world_size=1
         )
-        assert batch.image_ids.tolist() == dataset.annotations.image_ids[indices].tolist()
+        assert batch.image_ids.tolist() == dataset.annotations.table.image_ids[indices].tolist()
 
 
 def test_a_small_set_goes_round_with_new_augmentation(noise_coco):
     folder = noise_coco(3)
-    annotations = load_coco(folder.annotations, folder.images)
+    annotations = folder.load()
     dataset = DetectionDataset(annotations, training_transform(CONFIG.data))
     config = dataclasses.replace(CONFIG, train=TrainConfig(batch_size=30))
     (batch,) = build_train_loader(config, dataset, epoch=0)
@@ -153,7 +152,7 @@ def test_evaluation_takes_every_image_once(dataset, world_size):
         for batch in batches:
             assert 1 <= len(batch.image_ids) <= 3
             ids += batch.image_ids.tolist()
-    assert sorted(ids) == dataset.annotations.image_ids.tolist()
+    assert sorted(ids) == dataset.annotations.table.image_ids.tolist()
     assert (min(num_batches) == 0) == (world_size > 18)
 
 
