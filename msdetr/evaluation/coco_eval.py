@@ -7,26 +7,20 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from msdetr.annotations.labels import LabelMap
 from msdetr.annotations.table import AnnotationTable, Bools, Floats, Ints
 from msdetr.evaluation.backends import Backend, ScoredBoxes, score_boxes
 from msdetr.evaluation.coco_metrics import CocoResult
 from msdetr.structures import Detections
 
 logger = logging.getLogger(__name__)
-
-
-class LabelNames(Protocol):
-    """The part of a label map that the evaluator uses."""
-
-    def category_of(self, label: int) -> int | None:
-        """The category id of a label, None for a label that no category uses."""
 
 
 class EvaluatorState(NamedTuple):
@@ -69,7 +63,7 @@ class CocoEvaluator:
     def __init__(
         self,
         table: AnnotationTable,
-        label_map: LabelNames,
+        label_map: LabelMap,
         *,
         backend: Backend = "hotcoco",
     ) -> None:
@@ -78,7 +72,7 @@ class CocoEvaluator:
         Args:
             table: the annotations. All images are scored, also those that are never added: their
                 boxes then count as missed.
-            label_map: which category a label stands for.
+            label_map: labels of the detections.
             backend: the library that matches; the numbers are the same.
         """
         self._table = table
@@ -170,9 +164,9 @@ class CocoEvaluator:
     def write_results(self, path: Path) -> None:
         """Write `results()` as JSON, one detection per line; `path` is complete or absent."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        partial = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            with part.open("w", encoding="utf-8") as file:
+            with partial.open("w", encoding="utf-8") as file:
                 separator = "[\n"
                 for entry in self._entries():
                     file.write(separator + json.dumps(entry))
@@ -180,9 +174,9 @@ class CocoEvaluator:
                 file.write("\n]\n" if separator == ",\n" else "[]\n")
                 file.flush()
                 os.fsync(file.fileno())
-            part.replace(path)
+            partial.replace(path)
         finally:
-            part.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
 
     def _categories(self, labels: Ints) -> tuple[Ints, Bools]:
         """Category ids of labels, and which labels have one; both of the labels' shape."""
@@ -195,7 +189,7 @@ class CocoEvaluator:
     def _scored_boxes(self) -> ScoredBoxes:
         """The detections whose category the annotation file has."""
         table, state = self._table, self.state()
-        kept = np.isin(state.category_ids, table.category_ids)
+        kept = np.isin(state.category_ids, table.category_ids.numpy())
         if not kept.all():
             logger.warning(
                 "%d detections have categories that %s lacks (ids %s): they are not scored",
@@ -204,8 +198,8 @@ class CocoEvaluator:
                 np.unique(state.category_ids[~kept]).tolist(),
             )
         return ScoredBoxes(
-            image_index=np.searchsorted(table.image_ids, state.detection_image_ids[kept]),
-            category_index=np.searchsorted(table.category_ids, state.category_ids[kept]),
+            image_index=np.searchsorted(table.image_ids.numpy(), state.detection_image_ids[kept]),
+            category_index=np.searchsorted(table.category_ids.numpy(), state.category_ids[kept]),
             boxes=state.boxes[kept],
             scores=state.scores[kept],
         )
