@@ -16,20 +16,13 @@ from msdetr.data.sampler import (
     rank_batch_size,
     sample_generator,
     step_positions,
-    steps_per_epoch,
+)
+from msdetr.data.sampler import (
+    steps_per_epoch as steps_per_epoch,
 )
 from msdetr.data.transfer import CollateAndSend
 from msdetr.data.transforms import Size
 from msdetr.structures import Batch
-
-__all__ = [
-    "EpochSamples",
-    "build_eval_loader",
-    "build_train_loader",
-    "eval_image_buckets",
-    "steps_per_epoch",
-    "train_image_buckets",
-]
 
 
 class EpochSamples(Dataset[Sample]):

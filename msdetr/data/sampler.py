@@ -72,28 +72,6 @@ def step_positions(step: int, *, batch_size: int, rank: int, world_size: int) ->
     return range(begin, begin + share)
 
 
-def step_indices(
-    *,
-    seed: int,
-    epoch: int,
-    step: int,
-    num_images: int,
-    batch_size: int,
-    rank: int,
-    world_size: int,
-) -> NDArray[np.int64]:
-    """Indices of the images that a rank takes at a step of an epoch, [batch_size / world_size].
-
-    Raises:
-        ValueError: as `step_positions`, or the epoch has no such step.
-    """
-    num_steps = steps_per_epoch(num_images, batch_size)
-    if not 0 <= step < num_steps:
-        raise ValueError(f"step {step} of an epoch of {num_steps}")
-    positions = step_positions(step, batch_size=batch_size, rank=rank, world_size=world_size)
-    return np.take(epoch_permutation(seed, epoch, num_images), positions, mode="wrap")
-
-
 def evaluation_indices(num_images: int, *, rank: int, world_size: int) -> range:
     """Indices of the images that a rank evaluates: every image is in exactly one rank's range,
     which may be empty."""

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from msdetr.annotations.labels import LabelMap
 from msdetr.annotations.table import AnnotationTable, Bools, Floats, Ints
-from msdetr.evaluation.backends import Backend, ScoredBoxes, score_boxes
 from msdetr.evaluation.coco_metrics import CocoResult
+from msdetr.evaluation.curves import ScoredBoxes, compute_curves
 from msdetr.structures import Detections
 
 logger = logging.getLogger(__name__)
@@ -41,13 +41,8 @@ class EvaluatorState(NamedTuple):
     """[N]"""
 
 
-_EMPTY = EvaluatorState(
-    image_ids=np.zeros(0, np.int64),
-    detection_image_ids=np.zeros(0, np.int64),
-    category_ids=np.zeros(0, np.int64),
-    boxes=np.zeros((0, 4)),
-    scores=np.zeros(0),
-)
+_NO_IDS = np.zeros(0, np.int64)
+_EMPTY = EvaluatorState(_NO_IDS, _NO_IDS, _NO_IDS, np.zeros((0, 4)), np.zeros(0))
 
 
 class CocoEvaluator:
@@ -60,24 +55,16 @@ class CocoEvaluator:
         result = evaluator.summarize()
     """
 
-    def __init__(
-        self,
-        table: AnnotationTable,
-        label_map: LabelMap,
-        *,
-        backend: Backend = "hotcoco",
-    ) -> None:
+    def __init__(self, table: AnnotationTable, label_map: LabelMap) -> None:
         """Start without detections.
 
         Args:
             table: the annotations. All images are scored, also those that are never added: their
                 boxes then count as missed.
             label_map: labels of the detections.
-            backend: the library that matches; the numbers are the same.
         """
         self._table = table
         self._label_map = label_map
-        self._backend = backend
         self._known_images = frozenset(table.image_ids.tolist())
         self._added_images: set[int] = set()
         self._states: list[EvaluatorState] = []
@@ -128,17 +115,16 @@ class CocoEvaluator:
         Raises:
             ValueError: an image was added before or is not in the table.
         """
-        new: set[int] = set()
-        for image_id in state.image_ids.tolist():
-            if image_id in self._added_images or image_id in new:
-                raise ValueError(
-                    f"image {image_id} was added twice; every image counts once: "
-                    "check that batches and processes do not share images"
-                )
-            if image_id not in self._known_images:
-                raise ValueError(f"{self._table.source} has no image with id {image_id}")
-            new.add(image_id)
-        self._added_images |= new
+        ids, counts = np.unique(state.image_ids, return_counts=True)
+        added = set(ids.tolist())
+        for image_id in [*(self._added_images & added), *ids[counts > 1].tolist()]:
+            raise ValueError(
+                f"image {image_id} was added twice; every image counts once: "
+                "check that batches and processes do not share images"
+            )
+        for image_id in added - self._known_images:
+            raise ValueError(f"{self._table.source} has no image with id {image_id}")
+        self._added_images |= added
         self._states.append(state)
 
     def summarize(self) -> CocoResult:
@@ -150,16 +136,23 @@ class CocoEvaluator:
                 missing,
                 len(self._known_images),
             )
-        curves = score_boxes(self._table, self._scored_boxes(), self._backend)
+        curves = compute_curves(self._table, self._scored_boxes())
         return CocoResult.from_curves(self._table, curves)
 
-    def results(self) -> list[dict[str, Any]]:
+    def results(self) -> Iterator[dict[str, Any]]:
         """Detections in COCO's result format, by ascending image id and best first.
 
         Numbers are not rounded, so that the file scores as the run did: rounding scores to three
         digits, as COCO proposes to save space, makes ties and moves AP.
         """
-        return list(self._entries())
+        state = self.state()
+        for row in np.argsort(state.detection_image_ids, kind="stable"):
+            yield {
+                "image_id": int(state.detection_image_ids[row]),
+                "category_id": int(state.category_ids[row]),
+                "bbox": state.boxes[row].tolist(),
+                "score": float(state.scores[row]),
+            }
 
     def write_results(self, path: Path) -> None:
         """Write `results()` as JSON, one detection per line; `path` is complete or absent."""
@@ -168,7 +161,7 @@ class CocoEvaluator:
         try:
             with partial.open("w", encoding="utf-8") as file:
                 separator = "[\n"
-                for entry in self._entries():
+                for entry in self.results():
                     file.write(separator + json.dumps(entry))
                     separator = ",\n"
                 file.write("\n]\n" if separator == ",\n" else "[]\n")
@@ -203,16 +196,6 @@ class CocoEvaluator:
             boxes=state.boxes[kept],
             scores=state.scores[kept],
         )
-
-    def _entries(self) -> Iterator[dict[str, Any]]:
-        state = self.state()
-        for row in np.argsort(state.detection_image_ids, kind="stable"):
-            yield {
-                "image_id": int(state.detection_image_ids[row]),
-                "category_id": int(state.category_ids[row]),
-                "bbox": state.boxes[row].tolist(),
-                "score": float(state.scores[row]),
-            }
 
 
 def _to_numpy(tensor: Tensor, dtype: torch.dtype) -> NDArray[Any]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from msdetr.annotations.table import AnnotationTable, Floats
-from msdetr.evaluation.backends import AREA_RANGES, IOU_THRESHOLDS, MAX_DETECTIONS, Curves
+from msdetr.evaluation.curves import AREA_RANGES, IOU_THRESHOLDS, MAX_DETECTIONS, Curves
 
 NO_GROUND_TRUTH = -1.0
 """COCO's value of a metric that no annotated box takes part in."""
@@ -71,18 +71,10 @@ class CocoResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON types."""
+        names = ("category_id", "name", "AP", "AP50", "num_boxes")
         return {
             "metrics": dict(self.metrics),
-            "per_class": [
-                {
-                    "category_id": result.category_id,
-                    "name": result.name,
-                    "AP": result.ap,
-                    "AP50": result.ap50,
-                    "num_boxes": result.num_boxes,
-                }
-                for result in self.per_class
-            ],
+            "per_class": [dict(zip(names, row, strict=True)) for row in self.per_class],
             "num_images": self.num_images,
         }
 
@@ -91,36 +83,42 @@ class _Metric(NamedTuple):
     """One line of COCO's summary."""
 
     name: str
-    title: str
     iou: float | None
     """One IoU threshold, or the mean over all."""
     area: str
     max_detections: int
 
     @property
+    def title(self) -> str:
+        return f"Average {'Precision' if self.is_precision else 'Recall'}"
+
+    @property
+    def is_precision(self) -> bool:
+        return self.name.startswith("AP")
+
+    @property
     def iou_text(self) -> str:
         return "0.50:0.95" if self.iou is None else f"{self.iou:.2f}"
 
 
-_PRECISION, _RECALL = "Average Precision", "Average Recall"
 _METRICS = (
-    _Metric("AP", _PRECISION, None, "all", 100),
-    _Metric("AP50", _PRECISION, 0.5, "all", 100),
-    _Metric("AP75", _PRECISION, 0.75, "all", 100),
-    _Metric("APs", _PRECISION, None, "small", 100),
-    _Metric("APm", _PRECISION, None, "medium", 100),
-    _Metric("APl", _PRECISION, None, "large", 100),
-    _Metric("AR1", _RECALL, None, "all", 1),
-    _Metric("AR10", _RECALL, None, "all", 10),
-    _Metric("AR100", _RECALL, None, "all", 100),
-    _Metric("ARs", _RECALL, None, "small", 100),
-    _Metric("ARm", _RECALL, None, "medium", 100),
-    _Metric("ARl", _RECALL, None, "large", 100),
+    _Metric("AP", None, "all", 100),
+    _Metric("AP50", 0.5, "all", 100),
+    _Metric("AP75", 0.75, "all", 100),
+    _Metric("APs", None, "small", 100),
+    _Metric("APm", None, "medium", 100),
+    _Metric("APl", None, "large", 100),
+    _Metric("AR1", None, "all", 1),
+    _Metric("AR10", None, "all", 10),
+    _Metric("AR100", None, "all", 100),
+    _Metric("ARs", None, "small", 100),
+    _Metric("ARm", None, "medium", 100),
+    _Metric("ARl", None, "large", 100),
 )
 
 
 def _value(metric: _Metric, curves: Curves) -> float:
-    curve = curves.precision if metric.title == _PRECISION else curves.recall
+    curve = curves.precision if metric.is_precision else curves.recall
     values = curve[
         ..., AREA_RANGES.index(metric.area), MAX_DETECTIONS.index(metric.max_detections)
     ]  # [T, R, K] or [T, K]

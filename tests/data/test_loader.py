@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from msdetr.config import DataConfig, EvalConfig, RunConfig, TrainConfig
 from msdetr.data.dataset import DetectionDataset
 from msdetr.data.loader import EpochSamples, build_eval_loader, build_train_loader
-from msdetr.data.sampler import step_indices
+from msdetr.data.sampler import epoch_permutation, step_positions
 from msdetr.data.transforms import evaluation_transform, training_transform
 
 CONFIG = RunConfig(
@@ -113,9 +113,8 @@ def test_ranks_share_the_same_global_batches(dataset, world_size):
 
 def test_any_step_can_be_reproduced(dataset):
     for step, batch in enumerate(build_train_loader(CONFIG, dataset, epoch=3)):
-        indices = step_indices(
-            seed=7, epoch=3, step=step, num_images=18, batch_size=4, rank=0, world_size=1
-        )
+        positions = step_positions(step, batch_size=4, rank=0, world_size=1)
+        indices = epoch_permutation(7, 3, 18)[list(positions)]
         assert batch.image_ids.tolist() == dataset.annotations.table.image_ids[indices].tolist()
 
 

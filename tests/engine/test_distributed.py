@@ -17,7 +17,7 @@ from engine.helpers import (
 from engine.processes import Tasks, do_tasks, loaded_tensors, run_in_processes, train_run
 
 from msdetr.config import CompileConfig, RunConfig
-from msdetr.data.sampler import step_indices
+from msdetr.data.sampler import epoch_permutation, step_positions
 from msdetr.engine.checkpoint import OPTIMIZER, find_checkpoints, load_checkpoint
 from msdetr.engine.device import resolve_device
 from msdetr.engine.distributed import Worker, worker_from_environment
@@ -33,15 +33,8 @@ _KINDS = ("ddp", "ddp-parts", "fsdp", "fsdp-parts", "ddp-compiled", "fsdp-compil
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A set whose second step gives rank 1 of 2 no target at all."""
-    empty = step_indices(
-        seed=SEED,
-        epoch=0,
-        step=1,
-        num_images=NUM_TRAIN,
-        batch_size=BATCH_SIZE,
-        rank=1,
-        world_size=2,
-    )
+    positions = step_positions(1, batch_size=BATCH_SIZE, rank=1, world_size=2)
+    empty = epoch_permutation(SEED, 0, NUM_TRAIN)[list(positions)]
     root = tmp_path_factory.mktemp("distributed") / "data"
     return write_shapes(root, num_train=NUM_TRAIN, num_val=5, without_targets=set(empty.tolist()))
 
