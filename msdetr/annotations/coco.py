@@ -5,10 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import cache
-from itertools import chain
+from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ _POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[[\s\d.,\[\]eE+-]*\]')
 _MAX_NUMBER = float(np.finfo(np.float32).max)
 _IS_CROWD = {None: False, 0: False, 1: True, "0": False, "1": True}
 """Every value that `iscrowd` may have; also false, true, 0.0 and 1.0, which equal 0 and 1."""
+_Code = str | Callable[[dict[str, Any]], str]
 
 
 def read_coco(annotation_file: Path) -> tuple[AnnotationTable, list[Finding]]:
@@ -53,33 +51,22 @@ def read_coco(annotation_file: Path) -> tuple[AnnotationTable, list[Finding]]:
 
 def _load(annotation_file: Path) -> Any:
     """The content of an annotation file without polygons."""
+    is_collecting = gc.isenabled()
+    # The collector would walk all objects again and again while millions are made: twice the time.
+    gc.disable()
     try:
-        text = _POLYGONS.sub(b'"segmentation":0', annotation_file.read_bytes())
-        with _paused_garbage_collection():
-            return json.loads(text)
+        return json.loads(_POLYGONS.sub(b'"segmentation":0', annotation_file.read_bytes()))
     except OSError as error:
         raise ValueError(f"cannot read the file: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"invalid JSON, perhaps an incomplete download: {error}") from error
-
-
-@contextmanager
-def _paused_garbage_collection() -> Iterator[None]:
-    # The collector would walk all objects again and again while millions are made: twice the time.
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
     finally:
-        if enabled:
+        if is_collecting:
             gc.enable()
 
 
 class _Entries:
-    """The objects of one list of the file: columns of their values, and findings about them.
-
-    Checks work on whole columns. Only entries that fail one are looked at one by one.
-    """
+    """The objects of one list of the file: columns of their values, and findings about them."""
 
     def __init__(self, content: Any, name: str, malformed: str, findings: list[Finding]) -> None:
         entries = content.get(name) if isinstance(content, dict) else None
@@ -90,6 +77,7 @@ class _Entries:
         """False for entries with an error, which stay out of the table."""
         self.place: Callable[[dict[str, Any]], dict[str, Any]] = lambda record: {}
         """Fields of a finding that say where the entry is."""
+        self._name = name
         self._malformed = malformed
         self._findings = findings
         findings += [
@@ -98,73 +86,95 @@ class _Entries:
             if type(entry) is not dict
         ]
 
-    def values(self, key: str) -> list[Any]:
-        """One field of all entries, None where it is missing."""
-        return [record.get(key) for record in self.records]
+    def column(
+        self,
+        key: str,
+        is_valid: Callable[[Any], bool],
+        expected: str,
+        default: Any,
+        *,
+        code: _Code | None = None,
+        keep: bool = False,
+    ) -> tuple[list[Any], Bools]:
+        """One field of all entries, and where it is valid.
 
-    def integers(self, key: str) -> tuple[Ints, Bools]:
-        """One field [n], and where it is an integer. Reports the other entries."""
-        values = self.values(key)
-        if set(map(type, values)) <= {int}:
-            with suppress(OverflowError):
-                return np.array(values, np.int64), np.ones(len(values), np.bool_)
-        valid = np.array([_is_integer(value) for value in values], np.bool_)
-        self.report_malformed(~valid, f"{key!r} is missing or not an integer")
-        numbers = [value if ok else 0 for value, ok in zip(values, valid, strict=True)]
-        return np.array(numbers, np.int64), valid
+        Other entries are reported with `code`, and their value is `default`. They are dropped
+        unless `keep` is set.
+        """
+        values = [record.get(key) for record in self.records]
+        valid = np.fromiter(map(is_valid, values), np.bool_, len(values))
+        if valid.all():
+            return values, valid
 
-    def report_malformed(self, where: Bools, problem: str) -> None:
-        """Reports entries with a field of the wrong type or range, and drops them."""
-        self.report(where, self._malformed, lambda record: f"{problem}: {_excerpt(record)}")
+        def message(record: dict[str, Any]) -> str:
+            value = _excerpt(record[key]) if key in record else "missing"
+            return f"{key!r} is {value}, it must be {expected}"
+
+        self.report(~valid, code or self._malformed, message, keep=keep)
+        return [value if ok else default for value, ok in zip(values, valid, strict=True)], valid
+
+    def integers(self, key: str, *, minimum: int = -(2**63)) -> tuple[Ints, Bools]:
+        """One field [n], 0 where it is no integer, and where it is one."""
+
+        def is_valid(value: Any) -> bool:
+            # Not isinstance: true and false are no numbers.
+            return type(value) is int and minimum <= value < 2**63
+
+        expected = "an integer" if minimum < 0 else f"an integer of at least {minimum}"
+        values, valid = self.column(key, is_valid, expected, 0)
+        return np.array(values, np.int64), valid
 
     def report(
-        self, where: Bools, code: str, message: Callable[[dict[str, Any]], str], keep: bool = False
+        self, where: Bools, code: _Code, message: Callable[[dict[str, Any]], str], *, keep: bool
     ) -> None:
         """Adds a finding for each entry that a mask selects; drops these entries, or keeps them."""
         for row in np.flatnonzero(where):
             record = self.records[row]
-            finding = Finding(code=code, message=message(record), **self.place(record))
-            self._findings.append(finding)
+            key = code if isinstance(code, str) else code(record)
+            place, text = self.place(record), message(record)
+            if not any(value is not None for value in place.values()):
+                text += f", in the entry {_excerpt(record)} of {self._name!r}"
+            self._findings.append(Finding(code=key, message=text, **place))
         if not keep:
             self.sound &= ~where
+
+    def report_repeated(self, ids: Ints, valid: Bools, code: str) -> None:
+        """Reports valid ids that equal an earlier one, and drops these entries."""
+        rows = np.flatnonzero(valid)
+        is_repeated = valid.copy()
+        is_repeated[rows[np.unique(ids[rows], return_index=True)[1]]] = False
+        self.report(is_repeated, code, lambda r: f"id {r['id']} appears more than once", keep=False)
 
 
 def _read_categories(entries: _Entries) -> dict[int, str]:
     """Names by id. A category without a name is reported, but its annotations may stay."""
     ids, has_id = entries.integers("id")
-    entries.report(
-        _repeated(ids, has_id), "invalid_categories", lambda r: f"category id {r['id']} repeats"
-    )
-    is_known = entries.sound.copy()
-    has_name = np.array([isinstance(name, str) for name in entries.values("name")], np.bool_)
-    entries.report_malformed(~has_name, "'name' of a category is missing or not a text")
-    names = zip(ids.tolist(), entries.values("name"), is_known, strict=True)
-    return {category_id: str(name) for category_id, name, known in names if known}
+    entries.report_repeated(ids, has_id, "invalid_categories")
+    names, _ = entries.column("name", _is_text, "a text", "", keep=True)
+    rows = np.flatnonzero(entries.sound)
+    return {int(ids[row]): names[row] for row in rows}
 
 
 def _read_images(entries: _Entries) -> dict[str, Any]:
     """Columns of the table by name. Of entries with the same id, the first counts."""
-    entries.place = lambda record: {
-        "image_id": _integer_or_none(record, "id"),
-        "file_name": record["file_name"] if isinstance(record.get("file_name"), str) else None,
-    }
+
+    def place(record: dict[str, Any]) -> dict[str, Any]:
+        name = record.get("file_name")
+        return {"image_id": _id(record, "id"), "file_name": name if _is_text(name) else None}
+
+    entries.place = place
     ids, _ = entries.integers("id")
-    (heights, has_height), (widths, has_width) = map(entries.integers, ("height", "width"))
-    is_empty = has_height & has_width & ((heights < 1) | (widths < 1))
-    entries.report_malformed(is_empty, "'height' and 'width' must be at least 1")
-    names = entries.values("file_name")
-    has_name = np.array([isinstance(name, str) for name in names], np.bool_)
-    entries.report_malformed(~has_name, "'file_name' is missing or not a text")
+    (heights, _), (widths, _) = (entries.integers(key, minimum=1) for key in ("height", "width"))
+    names, _ = entries.column("file_name", _is_text, "a text", "-")
     problems = [_file_name_problem(name) for name in names]
     is_unsafe = np.array([problem is not None for problem in problems], np.bool_)
     entries.report(
-        is_unsafe, "unsafe_file_name", lambda r: str(_file_name_problem(r["file_name"])), keep=True
+        is_unsafe,
+        "unsafe_file_name",
+        lambda r: str(_file_name_problem(r["file_name"])),
+        keep=True,  # so that its annotations are not reported, too
     )
-    entries.report(
-        _repeated(ids, entries.sound),
-        "duplicate_image_id",
-        lambda r: f"image id {r['id']} appears more than once",
-    )
+    entries.report_repeated(ids, entries.sound, "duplicate_image_id")
     rows = np.flatnonzero(entries.sound)
     return {
         "image_ids": ids[rows],
@@ -177,126 +187,63 @@ def _read_annotations(
     entries: _Entries, images: dict[str, Any], categories: dict[int, str]
 ) -> dict[str, Any]:
     """Columns of the table by name."""
-
-    @cache
-    def file_names() -> dict[int, str]:
-        return dict(zip(images["image_ids"].tolist(), images["file_names"], strict=True))
+    file_names = dict(zip(images["image_ids"].tolist(), images["file_names"], strict=True))
 
     def place(record: dict[str, Any]) -> dict[str, Any]:
-        image_id = _integer_or_none(record, "image_id")
-        return {
-            "annotation_id": _integer_or_none(record, "id"),
-            "image_id": image_id,
-            "file_name": None if image_id is None else file_names().get(image_id),
-        }
+        image_id = _id(record, "image_id")
+        ids = {"annotation_id": _id(record, "id"), "image_id": image_id}
+        return {**ids, "file_name": file_names.get(image_id)}
 
     entries.place = place
-    ids, has_id = entries.integers("id")
-    image_ids, has_image = entries.integers("image_id")
-    category_ids, has_category = entries.integers("category_id")
-    entries.report(
-        _repeated(ids, has_id),
-        "duplicate_annotation_id",
-        lambda r: f"annotation id {r['id']} appears more than once",
-    )
-    entries.report(
-        has_image & ~np.isin(image_ids, images["image_ids"]),
-        "unknown_image",
-        lambda r: f"image {r['image_id']} is not among the (sound) images",
-    )
-    entries.report(
-        has_category & ~np.isin(category_ids, list(categories)),
-        "unknown_category",
-        lambda r: f"category {r['category_id']} is not among the categories",
-    )
-    boxes = _read_boxes(entries)
-    is_crowd = _read_crowd_flags(entries)
-    areas = _read_areas(entries, boxes)
-    kept = entries.sound
-    return {
-        "box_image_ids": image_ids[kept],
-        "box_category_ids": category_ids[kept],
-        "annotation_ids": ids[kept],
-        "boxes": boxes[kept],
-        "areas": areas[kept],
-        "is_crowd": is_crowd[kept],
-    }
+    columns = {}
+    columns["annotation_ids"], has_id = entries.integers("id")
+    entries.report_repeated(columns["annotation_ids"], has_id, "duplicate_annotation_id")
+    for name, known in (("image", list(file_names)), ("category", list(categories))):
+        key = f"{name}_id"
+        ids, valid = entries.integers(key)
+        entries.report(
+            valid & ~np.isin(ids, known),
+            f"unknown_{name}",
+            lambda r, name=name, key=key: f"there is no (sound) {name} with id {r[key]}",
+            keep=False,
+        )
+        columns[f"box_{key}s"] = ids
+    columns["boxes"] = _read_boxes(entries)
+    columns["is_crowd"] = _read_crowd_flags(entries)
+    columns["areas"] = _read_areas(entries, columns["boxes"])
+    return {name: column[entries.sound] for name, column in columns.items()}
 
 
 def _read_boxes(entries: _Entries) -> Floats:
     """[n, 4] as in the file; 0 where there is no sound box."""
-    values = entries.values("bbox")
-    if set(map(type, values)) <= {list} and set(map(len, values)) <= {4}:
-        numbers = list(chain.from_iterable(values))
-        if set(map(type, numbers)) <= {int, float}:
-            with suppress(OverflowError):
-                boxes = np.array(numbers, np.float64).reshape(-1, 4)
-                if (np.abs(boxes) <= _MAX_NUMBER).all():
-                    return boxes
-    is_box = np.array([_is_box(value) for value in values], np.bool_)
-    is_nan = np.array([_has_nan(value) for value in values], np.bool_)
-    entries.report(is_nan, "nan_box", lambda r: f"bbox {r['bbox']} has numbers that are not finite")
-    entries.report(
-        ~is_box & ~is_nan,
-        "malformed_annotation",
-        lambda r: f"bbox {_excerpt(r.get('bbox'))} is not [x, y, width, height]",
-    )
-    sound = [value if ok else [0] * 4 for value, ok in zip(values, is_box, strict=True)]
-    return np.array(sound, np.float64).reshape(-1, 4)
+    expected = "four finite numbers [x, y, width, height]"
+    boxes, _ = entries.column("bbox", _is_box, expected, [0, 0, 0, 0], code=_box_code)
+    return np.array(boxes, np.float64).reshape(-1, 4)
 
 
 def _read_crowd_flags(entries: _Entries) -> Bools:
-    """[n]. Texts are read as the number that they spell; other values are errors."""
-    values = entries.values("iscrowd")
-    try:
-        valid = np.array([value in _IS_CROWD for value in values], np.bool_)
-    except TypeError:  # a list or an object
-        valid = np.array([not isinstance(v, (list, dict)) and v in _IS_CROWD for v in values])
-    entries.report(
-        ~valid,
-        "malformed_annotation",
-        lambda r: f"'iscrowd' must be 0 or 1, it is {_excerpt(r['iscrowd'])}",
-    )
-    entries.report(
-        valid & np.array([isinstance(value, str) for value in values], np.bool_),
-        "crowd_flag_text",
-        lambda r: f"'iscrowd' is the text {r['iscrowd']!r}: it is read as a number",
-        keep=True,
-    )
-    return np.array([ok and _IS_CROWD[v] for v, ok in zip(values, valid, strict=True)], np.bool_)
+    """[n]. Texts are read as the number that they spell."""
+    flags, _ = entries.column("iscrowd", _is_crowd_flag, "0 or 1", 0)
+    is_text = np.array([_is_text(flag) for flag in flags], np.bool_)
+    message = "'iscrowd' is a text: it is read as a number"
+    entries.report(is_text, "crowd_flag_text", lambda record: message, keep=True)
+    return np.array([_IS_CROWD[flag] for flag in flags], np.bool_)
 
 
 def _read_areas(entries: _Entries, boxes: Floats) -> Floats:
     """[n], width * height where the file has no usable area."""
-    values = entries.values("area")
-    valid = np.array([value is None or _is_number(value) for value in values], np.bool_)
-    entries.report(
-        ~valid,
-        "malformed_area",
-        lambda r: f"area {_excerpt(r['area'])} is not a number: width * height is taken",
-        keep=True,
-    )
-    usable = [value if ok else None for value, ok in zip(values, valid, strict=True)]
-    areas = np.array(usable, np.float64)  # None becomes NaN
-    return np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas)
+    expected = "a number: width * height is taken"
+    areas, _ = entries.column("area", _is_area, expected, None, code="malformed_area", keep=True)
+    annotated = np.array(areas, np.float64)  # None becomes NaN
+    return np.where(np.isnan(annotated), boxes[:, 2] * boxes[:, 3], annotated)
 
 
-def _repeated(ids: Ints, valid: Bools) -> Bools:
-    """[n], where a valid id equals an earlier valid one."""
-    repeated = np.zeros(len(ids), np.bool_)
-    rows = np.flatnonzero(valid)
-    repeated[rows] = True
-    repeated[rows[np.unique(ids[rows], return_index=True)[1]]] = False
-    return repeated
+def _id(record: dict[str, Any], key: str) -> int | None:
+    return record[key] if type(record.get(key)) is int else None
 
 
-def _is_integer(value: Any) -> bool:
-    # Not isinstance: true and false are no numbers. Ids are 64 bits wide in training.
-    return type(value) is int and -(2**63) <= value < 2**63
-
-
-def _integer_or_none(record: dict[str, Any], key: str) -> int | None:
-    return record[key] if _is_integer(record.get(key)) else None
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _is_number(value: Any) -> bool:
@@ -305,17 +252,27 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_box(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+    return type(value) is list and len(value) == 4 and all(map(_is_number, value))
 
 
-def _has_nan(value: Any) -> bool:
-    return isinstance(value, list) and any(type(x) is float and not isfinite(x) for x in value)
+def _box_code(record: dict[str, Any]) -> str:
+    box = record.get("bbox")
+    numbers = box if isinstance(box, list) else []
+    has_nan = any(type(x) is float and not isfinite(x) for x in numbers)
+    return "nan_box" if has_nan else "malformed_annotation"
 
 
-def _file_name_problem(name: Any) -> str | None:
+def _is_area(value: Any) -> bool:
+    return value is None or _is_number(value)
+
+
+def _is_crowd_flag(value: Any) -> bool:
+    return not isinstance(value, list | dict) and value in _IS_CROWD
+
+
+def _file_name_problem(name: str) -> str | None:
     try:
-        if isinstance(name, str):
-            check_file_name(name)
+        check_file_name(name)
     except ValueError as error:
         return str(error)
     return None

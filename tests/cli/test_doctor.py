@@ -347,7 +347,9 @@ def test_every_planted_fault_is_found(root, plant, code, is_refused):
     assert {f["code"] for f in report["findings"]} <= expected
     # It says where.
     place = found[0]["file_name"], found[0]["image_id"], found[0]["annotation_id"]
-    assert any(place) or "category" in found[0]["message"] or "not an object" in found[0]["message"]
+    assert (
+        any(place) or "categories" in found[0]["message"] or "not an object" in found[0]["message"]
+    )
 
 
 def test_every_code_is_planted():
@@ -384,7 +386,7 @@ def test_many_faults_at_once(root, capsys):
     assert (report["num_errors"], report["num_warnings"]) == (3, 6)
     output = capsys.readouterr().out
     assert "warning: box_outside (5)" in output
-    assert "image 1, annotation 4, file 1.jpg: bbox [1, 2, nan, 4]" in output
+    assert "image 1, annotation 4, file 1.jpg: 'bbox' is [1, 2, nan, 4]" in output
     assert output.index("error: unreadable_image") < output.index("warning: degenerate_box")
 
 

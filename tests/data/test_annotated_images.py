@@ -118,8 +118,7 @@ def test_errors_of_all_files_are_reported_together(write_coco):
     lines = str(error.value).splitlines()[1:]
     assert [line for line in lines if line.startswith(f"  {train.annotations}: ")] == [
         *[
-            f"  {train.annotations}: image 6, annotation {i}: "
-            "image 6 is not among the (sound) images"
+            f"  {train.annotations}: image 6, annotation {i}: there is no (sound) image with id 6"
             for i in range(5)
         ],
         f"  {train.annotations}: 2 more of unknown_image",
