@@ -75,8 +75,8 @@ def check_table(table: AnnotationTable) -> list[Finding]:
     clipped, is_used = table.clipped_boxes()
     first, extent = np.split(table.boxes.numpy(), 2, axis=1)
     excess = np.maximum(-first, first + extent - sizes[image_index, ::-1]).max(axis=1)
-    is_degenerate: Bools = (extent <= 0).any(axis=1)
-    is_inside: Bools = (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
+    is_degenerate = extent.min(axis=1) <= 0
+    is_inside = (clipped[:, 2:] - clipped[:, :2]).min(axis=1) > 0
     is_cut = ~is_degenerate & is_inside & (excess > _OUTSIDE_TOLERANCE)
     report_boxes(is_degenerate, "degenerate_box", "has no area: it is left out")
     report_boxes(~is_degenerate & ~is_inside, "box_outside", "is all outside: it is left out")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from msdetr.annotations.file_names import check_file_name
 from msdetr.annotations.findings import Finding
@@ -195,23 +196,31 @@ def _read_annotations(
         return {**ids, "file_name": file_names.get(image_id)}
 
     entries.place = place
-    columns = {}
-    columns["annotation_ids"], has_id = entries.integers("id")
-    entries.report_repeated(columns["annotation_ids"], has_id, "duplicate_annotation_id")
-    for name, known in (("image", list(file_names)), ("category", list(categories))):
-        key = f"{name}_id"
-        ids, valid = entries.integers(key)
-        entries.report(
-            valid & ~np.isin(ids, known),
-            f"unknown_{name}",
-            lambda r, name=name, key=key: f"there is no (sound) {name} with id {r[key]}",
-            keep=False,
-        )
-        columns[f"box_{key}s"] = ids
-    columns["boxes"] = _read_boxes(entries)
-    columns["is_crowd"] = _read_crowd_flags(entries)
-    columns["areas"] = _read_areas(entries, columns["boxes"])
+    annotation_ids, has_id = entries.integers("id")
+    entries.report_repeated(annotation_ids, has_id, "duplicate_annotation_id")
+    boxes = _read_boxes(entries)
+    columns: dict[str, NDArray[Any]] = {
+        "annotation_ids": annotation_ids,
+        "box_image_ids": _read_references(entries, "image", file_names),
+        "box_category_ids": _read_references(entries, "category", categories),
+        "boxes": boxes,
+        "is_crowd": _read_crowd_flags(entries),
+        "areas": _read_areas(entries, boxes),
+    }
     return {name: column[entries.sound] for name, column in columns.items()}
+
+
+def _read_references(entries: _Entries, kind: str, known: dict[int, str]) -> Ints:
+    """[n], ids of images or categories. Reports those that are not known."""
+    key = f"{kind}_id"
+    ids, valid = entries.integers(key)
+    entries.report(
+        valid & ~np.isin(ids, list(known)),
+        f"unknown_{kind}",
+        lambda record: f"there is no (sound) {kind} with id {record[key]}",
+        keep=False,
+    )
+    return ids
 
 
 def _read_boxes(entries: _Entries) -> Floats:

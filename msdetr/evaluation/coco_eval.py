@@ -156,15 +156,12 @@ class CocoEvaluator:
 
     def write_results(self, path: Path) -> None:
         """Write `results()` as JSON, one detection per line; `path` is complete or absent."""
+        text = ",\n".join(map(json.dumps, self.results()))
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             with partial.open("w", encoding="utf-8") as file:
-                separator = "[\n"
-                for entry in self.results():
-                    file.write(separator + json.dumps(entry))
-                    separator = ",\n"
-                file.write("\n]\n" if separator == ",\n" else "[]\n")
+                file.write(f"[\n{text}\n]\n")
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)

@@ -6,7 +6,7 @@ converts ids to floating point where detections are an array. The numbers are th
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import hotcoco
 import numpy as np
@@ -57,7 +57,7 @@ def compute_curves(table: AnnotationTable, detections: ScoredBoxes) -> Curves:
     )
     image_index, category_index, boxes, scores = detections
     results = truth.load_res(np.column_stack((image_index, boxes, scores, category_index)))
-    evaluation = hotcoco.COCOeval(truth, results, "bbox")
+    evaluation: Any = hotcoco.COCOeval(truth, results, "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
     return Curves(evaluation.eval["precision"], evaluation.eval["recall"])

@@ -153,7 +153,8 @@ def _draw_marks(panel: Image.Image, marks: Sequence[_Mark]) -> None:
     draw = ImageDraw.Draw(panel)
     for mark in marks:
         # A dark edge keeps a box visible on a background of its own colour.
-        draw.rectangle(_grown(mark.box, 1), outline=_INK, width=4)
+        x0, y0, x1, y1 = mark.box
+        draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=_INK, width=4)
         draw.rectangle(mark.box, outline=mark.color, width=2)
     taken: list[_Rectangle] = []
     for mark in reversed(marks):
@@ -194,10 +195,6 @@ def _overlap(a: _Rectangle, b: _Rectangle) -> float:
     return max(0.0, width) * max(0.0, height)
 
 
-def _grown(box: _Rectangle, by: float) -> _Rectangle:
-    return box[0] - by, box[1] - by, box[2] + by, box[3] + by
-
-
 def _luminance(color: _Color) -> float:
     red, green, blue = color
     return (0.299 * red + 0.587 * green + 0.114 * blue) / 255
@@ -209,4 +206,5 @@ def _tile(panel: Image.Image, caption: str, size: tuple[int, int]) -> Tensor:
     font = ImageFont.load_default(_FONT_SIZE)
     ImageDraw.Draw(tile).text((0, _HEADER / 2), caption, fill=_INK, font=font, anchor="lm")
     tile.paste(panel, (0, _HEADER))
-    return pil_to_tensor(tile)
+    tensor: Tensor = pil_to_tensor(tile)
+    return tensor
