@@ -50,8 +50,8 @@ def resolve_image_path(folder: Path, file_name: str) -> Path:
 
 
 def _has_links(folder: str, file_name: str) -> bool:
-    """Whether a part of `file_name` below `folder` is a symbolic link. Resolving all of a path for
-    every image would take ten times as long."""
+    """Whether `file_name` or a folder in it is a symbolic link. Resolving the whole path of every
+    image would take ten times as long."""
     path = folder
     for part in PurePath(file_name).parts:
         path = f"{path}{os.sep}{part}"

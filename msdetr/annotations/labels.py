@@ -36,7 +36,7 @@ COCO_CATEGORIES: dict[int, str] = dict(
 
 @dataclass(frozen=True)
 class LabelMap:
-    """Which label stands for which category. Categories ascend by id."""
+    """Labels of categories. Categories ascend by id."""
 
     category_ids: tuple[int, ...]
     """Ids of the annotation file."""

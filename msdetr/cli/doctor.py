@@ -33,7 +33,7 @@ class DoctorOptions:
     dataset: tyro.conf.Positional[Path | None] = None
     """Folder in the layout of the COCO download: `train2017/`, `val2017/`, `annotations/`."""
     split: Literal["train", "val", "both"] = "both"
-    """Which part of DATASET to check."""
+    """Splits of DATASET to check."""
     images: Path | None = None
     """Folder of images, with `annotations` instead of DATASET."""
     annotations: Path | None = None
@@ -108,7 +108,7 @@ def _splits(options: DoctorOptions) -> list[tuple[Path, Path]]:
     except ValueError as error:
         raise ValueError(
             f"{error} (for the doctor: DATASET, or --images and --annotations; --split train or "
-            "--split val checks one part)"
+            "--split val checks one split)"
         ) from None
 
 
@@ -123,7 +123,7 @@ def _histogram(boxes: dict[str, int]) -> Iterator[str]:
 def _findings(report: Report) -> Iterator[str]:
     from msdetr.annotations.findings import CHECKS
 
-    for code, check in CHECKS.items():  # the most severe first
+    for code, check in CHECKS.items():  # in order of severity
         same = [finding for finding in report.findings if finding.code == code]
         if not same:
             continue

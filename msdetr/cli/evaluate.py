@@ -100,7 +100,7 @@ def run(options: EvaluateOptions, detector: LoadedDetector, worker: Worker) -> C
 def _parse(arguments: list[str], prog: str) -> tuple[EvaluateOptions, LoadedDetector]:
     checkpoint = option_value(arguments, "--checkpoint")
     if checkpoint is None or not {"-h", "--help"}.isdisjoint(arguments):
-        parse_options(EvaluateOptions, arguments, prog=prog)  # Prints help or what is missing.
+        parse_options(EvaluateOptions, arguments, prog=prog)  # Prints the help or an error.
         raise SystemExit(0)
     from msdetr.engine.pretrained import load_detector
 

@@ -51,7 +51,7 @@ class DetectionDataset(Dataset[Sample]):
 
     Args:
         annotations: images and boxes.
-        transform: draws what to do with an image of a given size.
+        transform: draws the geometry for an image of a given size.
         exif: whether photographs are turned as their EXIF tag says.
         cache: keeps decoded images; samples are the same with and without one.
     """
@@ -78,18 +78,21 @@ class DetectionDataset(Dataset[Sample]):
             raise IndexError(f"index {index} of {len(self)} images")
         return self.sample(index, np.random.default_rng(index))
 
-    def image_buckets(
-        self, num_buckets: int, *, batch_size: int, multiple: int
-    ) -> tuple[Size, ...]:
-        """Padded shapes for batches of this set, see `choose_image_buckets`; computed once."""
-        key = (num_buckets, batch_size, multiple)
+    def image_buckets(self, config: DataConfig, batch_size: int) -> tuple[Size, ...]:
+        """Padded shapes for batches of this set, see `choose_image_buckets`; computed once.
+
+        Empty without `config.num_image_buckets`.
+        """
+        if not config.num_image_buckets:
+            return ()
+        key = (config.num_image_buckets, batch_size, config.pad_multiple)
         if key not in self._image_buckets:
             buckets = choose_image_buckets(
                 self.annotations.table.sizes.numpy(),
                 self.transform,
-                num_buckets=num_buckets,
+                num_buckets=config.num_image_buckets,
                 batch_size=batch_size,
-                multiple=multiple,
+                multiple=config.pad_multiple,
             )
             names = ", ".join(f"{height}x{width}" for height, width in buckets)
             logger.info("%d image buckets for batches of %d: %s", len(buckets), batch_size, names)
@@ -137,7 +140,7 @@ def build_datasets(
 
     Raises:
         ValueError: a path is missing, the annotations of any split have errors, or the images do
-            not fit into memory for `config.cache`; says which and what to do.
+            not fit into memory for `config.cache`.
     """
     paths = [resolve_split(config, split) for split in splits]
     annotated = load_annotated_images(paths, config.label_layout, label_map=label_map)

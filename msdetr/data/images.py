@@ -17,7 +17,7 @@ ExifPolicy = Literal["ignore", "apply"]
 _TRANSPOSING_ORIENTATIONS = (5, 6, 7, 8)
 _DRAFT_SCALES = (1, 2, 4, 8)
 MODES_WITHOUT_RANGE = ("I", "F")
-"""Pillow's modes whose values have no 8- or 16-bit range: what is white is not known."""
+"""Pillow's modes whose values have no 8- or 16-bit range, so that white is not defined."""
 
 
 class DecodedImage(NamedTuple):
@@ -56,8 +56,8 @@ def decode_image(
         path: the file; any format that Pillow reads.
         exif: whether to turn a photograph as its EXIF tag says.
         expected_size: (height, width) that the annotation file gives, after turning.
-        max_scale: at least 1. JPEG files are decoded smaller by the largest factor of 1, 2, 4, 8
-            up to this, which is several times faster than to decode pixels and throw them away.
+        max_scale: at least 1. JPEG files are reduced while decoding by the largest factor of 1, 2,
+            4, 8 up to this, which is several times faster than decoding all pixels.
 
     Raises:
         ValueError: missing, unreadable or truncated file, a size other than `expected_size`, or
@@ -80,8 +80,8 @@ def decode_image(
 
 def _decode(image: Image.Image, exif: ExifPolicy, max_scale: int) -> DecodedImage:
     turned = exif == "apply" and exif_orientation(image) != 1
-    # A scaled image starts with its first whole pixel and ends in a part of one. Turning would put
-    # the part first, so that `scale` alone could not say what a pixel covers.
+    # The last row and column of a scaled image may cover less than `scale` pixels. Turning would
+    # put them first, so that `scale` alone could not say which pixels they cover.
     scale = 1 if turned else _draft(image, max_scale)
     if turned:
         image = ImageOps.exif_transpose(image)
@@ -96,7 +96,7 @@ def _decode(image: Image.Image, exif: ExifPolicy, max_scale: int) -> DecodedImag
 
 
 def _draft(image: Image.Image, max_scale: int) -> int:
-    """Asks the decoder for a smaller image and gives the scale that it agreed to."""
+    """Asks the decoder for a smaller image and returns the scale that it chose."""
     scale = max(s for s in _DRAFT_SCALES if s <= max_scale)
     width, height = image.size
     answer = image.draft("RGB", (max(width // scale, 1), max(height // scale, 1)))

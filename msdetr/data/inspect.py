@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
+from tqdm.contrib.concurrent import process_map
 
 from msdetr.annotations.checks import check_table, read_annotations
 from msdetr.annotations.file_names import resolve_image_path
@@ -94,16 +94,15 @@ def inspect_splits(
         findings = [*errors, *check_table(table)]
         # Names that were refused are not looked up.
         refused = {f.image_id for f in findings if f.code == "unsafe_file_name"}
-        entries = [entry for entry in _entries(table) if entry.image_id not in refused]
+        entries = [
+            _ImageEntry(image_id, table.file_name(index), *table.sizes[index].tolist())
+            for index, image_id in enumerate(table.image_ids.tolist())
+            if image_id not in refused
+        ]
         check = partial(_inspect_file, folder, exif)
         for file_findings in _map(check, entries, num_workers, show_progress):
             findings += file_findings
         yield _report(table, folder, findings)
-
-
-def _entries(table: AnnotationTable) -> Iterator[_ImageEntry]:
-    for index, image_id in enumerate(table.image_ids.tolist()):
-        yield _ImageEntry(image_id, table.file_name(index), *table.sizes[index].tolist())
 
 
 def _report(table: AnnotationTable, folder: Path, findings: Sequence[Finding]) -> Report:
@@ -125,21 +124,21 @@ def _report(table: AnnotationTable, folder: Path, findings: Sequence[Finding]) -
 
 
 def _map(
-    check: partial[list[Finding]],
-    entries: list[_ImageEntry],
-    num_workers: int,
-    show_progress: bool,
-) -> Iterator[list[Finding]]:
-    def with_progress(results: Iterable[list[Finding]]) -> Iterator[list[Finding]]:
-        # None: only where standard error is a terminal.
-        hidden = None if show_progress else True
-        yield from tqdm(results, total=len(entries), unit="image", disable=hidden)
-
+    check: partial[list[Finding]], entries: list[_ImageEntry], num_workers: int, show_progress: bool
+) -> Iterable[list[Finding]]:
+    # None: only where standard error is a terminal.
+    hidden = None if show_progress else True
     if num_workers < 1 or len(entries) <= _FILES_PER_TASK:
-        yield from with_progress(map(check, entries))
-        return
-    with ProcessPoolExecutor(num_workers) as executor:
-        yield from with_progress(executor.map(check, entries, chunksize=_FILES_PER_TASK))
+        return tqdm(map(check, entries), total=len(entries), unit="image", disable=hidden)
+    results: list[list[Finding]] = process_map(
+        check,
+        entries,
+        max_workers=num_workers,
+        chunksize=_FILES_PER_TASK,
+        unit="image",
+        disable=hidden,
+    )
+    return results
 
 
 def _inspect_file(folder: Path, exif: ExifPolicy, entry: _ImageEntry) -> list[Finding]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from msdetr.annotations.labels import LabelMap
 from msdetr.annotations.table import AnnotationTable, Bools, Floats, Ints
 from msdetr.evaluation.coco_metrics import CocoResult
-from msdetr.evaluation.curves import ScoredBoxes, compute_curves
+from msdetr.evaluation.curves import compute_curves
 from msdetr.structures import Detections
 
 logger = logging.getLogger(__name__)
@@ -72,8 +72,8 @@ class CocoEvaluator:
     def add(self, image_ids: Tensor | Sequence[int], detections: Detections) -> None:
         """Add the detections of some images, on any device.
 
-        Places with score 0 (left empty by suppression) and labels without a category are dropped,
-        and so is what is not finite.
+        Places with score 0 (left empty by suppression), labels without a category and values that
+        are not finite are dropped.
 
         Args:
             image_ids: B ids of the annotation table.
@@ -105,12 +105,12 @@ class CocoEvaluator:
         )
 
     def state(self) -> EvaluatorState:
-        """All that was added, as arrays that pickle."""
+        """All detections so far, as arrays that pickle."""
         states = [_EMPTY, *self._states]
         return EvaluatorState(*(np.concatenate(columns) for columns in zip(*states, strict=True)))
 
     def merge(self, state: EvaluatorState) -> None:
-        """Add what another evaluator collected.
+        """Add the detections of another evaluator.
 
         Raises:
             ValueError: an image was added before or is not in the table.
@@ -128,7 +128,7 @@ class CocoEvaluator:
         self._states.append(state)
 
     def summarize(self) -> CocoResult:
-        """Score all that was added so far."""
+        """Score all detections so far."""
         missing = len(self._known_images) - len(self._added_images)
         if missing:
             logger.warning(
@@ -136,8 +136,23 @@ class CocoEvaluator:
                 missing,
                 len(self._known_images),
             )
-        curves = compute_curves(self._table, self._scored_boxes())
-        return CocoResult.from_curves(self._table, curves)
+        table, state = self._table, self.state()
+        kept = np.isin(state.category_ids, table.category_ids.numpy())
+        if not kept.all():
+            logger.warning(
+                "%d detections have categories that %s lacks (ids %s): they are not scored",
+                np.count_nonzero(~kept),
+                table.source,
+                np.unique(state.category_ids[~kept]).tolist(),
+            )
+        curves = compute_curves(
+            table,
+            np.searchsorted(table.image_ids.numpy(), state.detection_image_ids[kept]),
+            np.searchsorted(table.category_ids.numpy(), state.category_ids[kept]),
+            state.boxes[kept],
+            state.scores[kept],
+        )
+        return CocoResult.from_curves(table, curves)
 
     def results(self) -> Iterator[dict[str, Any]]:
         """Detections in COCO's result format, by ascending image id and best first.
@@ -175,24 +190,6 @@ class CocoEvaluator:
         ids = np.array([0 if category is None else category for category in categories], np.int64)
         has_category = np.array([category is not None for category in categories], np.bool_)
         return ids[inverse].reshape(labels.shape), has_category[inverse].reshape(labels.shape)
-
-    def _scored_boxes(self) -> ScoredBoxes:
-        """The detections whose category the annotation file has."""
-        table, state = self._table, self.state()
-        kept = np.isin(state.category_ids, table.category_ids.numpy())
-        if not kept.all():
-            logger.warning(
-                "%d detections have categories that %s lacks (ids %s): they are not scored",
-                np.count_nonzero(~kept),
-                table.source,
-                np.unique(state.category_ids[~kept]).tolist(),
-            )
-        return ScoredBoxes(
-            image_index=np.searchsorted(table.image_ids.numpy(), state.detection_image_ids[kept]),
-            category_index=np.searchsorted(table.category_ids.numpy(), state.category_ids[kept]),
-            boxes=state.boxes[kept],
-            scores=state.scores[kept],
-        )
 
 
 def _to_numpy(tensor: Tensor, dtype: torch.dtype) -> NDArray[Any]:

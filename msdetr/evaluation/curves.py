@@ -19,19 +19,6 @@ MAX_DETECTIONS = (1, 10, 100)
 """COCO's limits per image and category, whatever number of detections a model gives."""
 
 
-class ScoredBoxes(NamedTuple):
-    """N detections; images and categories by position in the table."""
-
-    image_index: Ints
-    """[N]"""
-    category_index: Ints
-    """[N]"""
-    boxes: Floats
-    """[N, 4] (x, y, width, height) in pixels."""
-    scores: Floats
-    """[N]"""
-
-
 class Curves(NamedTuple):
     """Precision and recall as COCO accumulates them; -1 where there is no ground truth.
 
@@ -44,8 +31,18 @@ class Curves(NamedTuple):
     """[T, K, A, D], the maximum over the detections."""
 
 
-def compute_curves(table: AnnotationTable, detections: ScoredBoxes) -> Curves:
-    """Matches detections to annotations and accumulates the matches."""
+def compute_curves(
+    table: AnnotationTable, image_index: Ints, category_index: Ints, boxes: Floats, scores: Floats
+) -> Curves:
+    """Matches N detections to annotations and accumulates the matches.
+
+    Args:
+        table: the annotations.
+        image_index: [N], into `table.image_ids`.
+        category_index: [N], into `table.category_ids`.
+        boxes: [N, 4] (x, y, width, height) in pixels.
+        scores: [N]
+    """
     truth = hotcoco.COCO.from_arrays(
         [{"id": index} for index in range(len(table))],
         [{"id": index, "name": name} for index, name in enumerate(table.category_names)],
@@ -55,7 +52,6 @@ def compute_curves(table: AnnotationTable, detections: ScoredBoxes) -> Curves:
         area=table.areas.numpy(),
         iscrowd=table.is_crowd.numpy(),
     )
-    image_index, category_index, boxes, scores = detections
     results = truth.load_res(np.column_stack((image_index, boxes, scores, category_index)))
     evaluation: Any = hotcoco.COCOeval(truth, results, "bbox")
     evaluation.evaluate()

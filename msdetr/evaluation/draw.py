@@ -101,7 +101,7 @@ def draw_comparison(
     """
     if not images or not len(images) == len(truth) == len(detections):
         raise ValueError(
-            "draw_comparison needs at least one image and as many truths and detections, got "
+            "draw_comparison needs one or more images and as many truths and detections, got "
             f"{len(images)} images, {len(truth)} truths and {len(detections)} detections"
         )
     panels = []

@@ -49,8 +49,7 @@ def readable_text(name: str, label: int, size: int) -> tuple[str, Font]:
     Raises:
         ValueError: the file that `MSDETR_FONT` names is no font.
     """
-    default = ImageFont.load_default(size)
-    for font in (*_chosen_font(size), default, *_system_fonts(name, size)):
+    for font in _fonts(name, size):
         if _has_glyphs(font, name):
             return name, font
     logger.warning(
@@ -60,20 +59,17 @@ def readable_text(name: str, label: int, size: int) -> tuple[str, Font]:
         label,
         FONT_VARIABLE,
     )
-    return f"class {label}", default
+    return f"class {label}", ImageFont.load_default(size)
 
 
-def _chosen_font(size: int) -> list[Font]:
-    file = os.environ.get(FONT_VARIABLE)
-    if not file:
-        return []
-    try:
-        return [ImageFont.truetype(file, size)]
-    except OSError as error:
-        raise ValueError(f"{FONT_VARIABLE}={file}: cannot read the font: {error}") from error
-
-
-def _system_fonts(text: str, size: int) -> Iterator[Font]:
+def _fonts(text: str, size: int) -> Iterator[Font]:
+    chosen = os.environ.get(FONT_VARIABLE)
+    if chosen:
+        try:
+            yield ImageFont.truetype(chosen, size)
+        except OSError as error:
+            raise ValueError(f"{FONT_VARIABLE}={chosen}: cannot read the font: {error}") from error
+    yield ImageFont.load_default(size)
     for file in _font_files(text):
         try:
             yield ImageFont.truetype(file, size)
@@ -93,10 +89,5 @@ def _font_files(text: str) -> Iterator[str]:
 
 
 def _has_glyphs(font: Font, text: str) -> bool:
-    missing = _bitmap(font, _UNASSIGNED)
-    return all(character.isspace() or _bitmap(font, character) != missing for character in text)
-
-
-def _bitmap(font: Font, character: str) -> tuple[tuple[int, int], bytes]:
-    mask = font.getmask(character)
-    return mask.size, bytes(mask)
+    missing = bytes(font.getmask(_UNASSIGNED))
+    return all(x.isspace() or bytes(font.getmask(x)) != missing for x in text)
