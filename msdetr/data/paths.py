@@ -29,13 +29,13 @@ def resolve_split(config: DataConfig, split: Split) -> tuple[Path, Path]:
             f"no {split} data: give --data.root FOLDER (COCO layout), or both "
             f"--data.{split}-images FOLDER and --data.{split}-annotations FILE"
         )
-    for path, kind, exists in (
-        (images, "images", images.is_dir()),
-        (annotations, "annotations", annotations.is_file()),
+    for path, place, kind, exists in (
+        (images, "folder", "images", images.is_dir()),
+        (annotations, "file", "annotations", annotations.is_file()),
     ):
         if not exists:
             raise ValueError(
-                f"{path}: the {split} {kind} do not exist; check --data.root (a folder in COCO "
-                f"layout) or give --data.{split}-{kind}"
+                f"{path}: the {place} of the {split} {kind} does not exist; check --data.root (a "
+                f"folder in COCO layout) or give --data.{split}-{kind}"
             )
     return images, annotations

@@ -456,7 +456,7 @@ def test_explicit_paths(root):
         (["--images", "a"], "belong together"),
         (["a", "--images", "a", "--annotations", "b"], "either DATASET"),
         (["a", "--split", "test"], "split"),
-        (["absent"], "train2017: the train images do not exist"),
+        (["absent"], "train2017: the folder of the train images does not exist"),
         (["--images", ".", "--annotations", "absent.json"], "absent.json"),
     ],
 )

@@ -42,7 +42,7 @@ def test_nothing_to_look_up_says_what_to_give(config):
 
 def test_missing_paths_are_named(root):
     (root / "val2017").rmdir()
-    with pytest.raises(ValueError, match=r"val2017: the val images do not.*--data\.val-images"):
+    with pytest.raises(ValueError, match=r"val2017: the folder.*--data\.val-images"):
         resolve_split(DataConfig(root=root), "val")
     (root / "annotations" / "instances_train2017.json").unlink()
     with pytest.raises(ValueError, match=r"instances_train2017\.json.*--data\.train-annotations"):
