@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def read_coco(annotation_file: Path) -> tuple[AnnotationTable, list[Finding]]:
         raise ValueError(f"{annotation_file}: {error}") from error
     categories = _read_categories(category_entries)
     images = _read_images(image_entries)
-    boxes = _read_annotations(annotations, images, categories)
+    boxes = _read_annotations(annotations, image_entries, images, categories)
     table = AnnotationTable.build(annotation_file, categories=categories, **images, **boxes)
     return table, findings
 
@@ -185,9 +185,9 @@ def _read_images(entries: _Entries) -> dict[str, Any]:
 
 
 def _read_annotations(
-    entries: _Entries, images: dict[str, Any], categories: dict[int, str]
+    entries: _Entries, image_entries: _Entries, images: dict[str, Any], categories: dict[int, str]
 ) -> dict[str, Any]:
-    """Columns of the table by name."""
+    """Columns of the table by name. Annotations of images that are unsound stay out, too."""
     file_names = dict(zip(images["image_ids"].tolist(), images["file_names"], strict=True))
 
     def place(record: dict[str, Any]) -> dict[str, Any]:
@@ -198,26 +198,29 @@ def _read_annotations(
     entries.place = place
     annotation_ids, has_id = entries.integers("id")
     entries.report_repeated(annotation_ids, has_id, "duplicate_annotation_id")
+    listed = {_id(record, "id") for record in image_entries.records} - {None}
+    image_ids = _read_references(entries, "image", listed)
     boxes = _read_boxes(entries)
     columns: dict[str, NDArray[Any]] = {
         "annotation_ids": annotation_ids,
-        "box_image_ids": _read_references(entries, "image", file_names),
+        "box_image_ids": image_ids,
         "box_category_ids": _read_references(entries, "category", categories),
         "boxes": boxes,
         "is_crowd": _read_crowd_flags(entries),
         "areas": _read_areas(entries, boxes),
     }
-    return {name: column[entries.sound] for name, column in columns.items()}
+    kept = entries.sound & np.isin(image_ids, images["image_ids"])
+    return {name: column[kept] for name, column in columns.items()}
 
 
-def _read_references(entries: _Entries, kind: str, known: dict[int, str]) -> Ints:
+def _read_references(entries: _Entries, kind: str, known: Iterable[Any]) -> Ints:
     """[n], ids of images or categories. Reports those that are not known."""
     key = f"{kind}_id"
     ids, valid = entries.integers(key)
     entries.report(
         valid & ~np.isin(ids, list(known)),
         f"unknown_{kind}",
-        lambda record: f"there is no (sound) {kind} with id {record[key]}",
+        lambda record: f"there is no {kind} with id {record[key]}",
         keep=False,
     )
     return ids
@@ -248,7 +251,8 @@ def _read_areas(entries: _Entries, boxes: Floats) -> Floats:
 
 
 def _id(record: dict[str, Any], key: str) -> int | None:
-    return record[key] if type(record.get(key)) is int else None
+    value = record.get(key)
+    return value if type(value) is int and -(2**63) <= value < 2**63 else None
 
 
 def _is_text(value: Any) -> bool:

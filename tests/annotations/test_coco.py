@@ -124,9 +124,9 @@ NO_ID = {key: value for key, value in IMAGE.items() if key != "id"}
         (
             [IMAGE],
             [ANNOTATION | {"image_id": 6}],
-            "annotation 1: there is no (sound) image",
+            "annotation 1: there is no image with id 6",
         ),
-        ([IMAGE], [ANNOTATION | {"category_id": 4}], "there is no (sound) category with id 4"),
+        ([IMAGE], [ANNOTATION | {"category_id": 4}], "there is no category with id 4"),
         ([IMAGE], [ANNOTATION | {"category_id": None}], "'category_id' is None"),
         (
             [IMAGE],
