@@ -47,7 +47,6 @@ from benchmarks.loader_pipelines import (
 from benchmarks.processes import Worker
 from msdetr.cli.options import parse_options, user_errors
 from msdetr.config import DataConfig
-from msdetr.data.coco import read_instances_json
 from msdetr.data.paths import resolve_split
 
 LEAST_RATE = 45.0
@@ -116,7 +115,7 @@ def data_source(options: Options) -> Iterator[Source]:
             found |= {"annotations": _center_boxes(found["images"]), "categories": [_THING]}
         else:
             images, file = resolve_split(DataConfig(root=options.root), "train")
-            found = read_instances_json(file)
+            found = json.loads(file.read_bytes())
         annotations = folder / "annotations.json"
         annotations.write_text(json.dumps(_repeat(found, options.images)))
         yield Source(images, annotations, options.batch)

@@ -30,8 +30,8 @@ from numpy.typing import NDArray
 from benchmarks.common import Row, environment, print_table, write_rows
 from msdetr.cli.options import parse_options, user_errors
 from msdetr.config import DataConfig
+from msdetr.data.annotated_images import load_annotated_images
 from msdetr.data.buckets import choose_image_buckets, round_up, smallest_bucket
-from msdetr.data.coco import load_coco
 from msdetr.data.transforms import Augmentation, Size, evaluation_transform, training_transform
 
 Order = Literal["random", "aspect", "area"]
@@ -118,13 +118,13 @@ def measure(options: Options) -> list[Row]:
     Raises:
         ValueError: an annotation file is missing or broken.
     """
-    sets = [load_coco(file, file.parent) for file in options.annotations]
-    image_sizes = np.concatenate([annotations.sizes.numpy() for annotations in sets])
+    sets = [load_annotated_images([(file.parent, file)])[0] for file in options.annotations]
+    image_sizes = np.concatenate([images.table.sizes.numpy() for images in sets])
     rows = []
     for split, make in (("train", training_transform), ("val", evaluation_transform)):
         for batch in options.batches:
             rows += _measure_split(image_sizes, make(DataConfig()), batch, options, split)
-    counts = np.concatenate([np.diff(annotations.box_offsets.numpy()) for annotations in sets])
+    counts = np.concatenate([np.diff(images.box_offsets.numpy()) for images in sets])
     rows += [_measure_targets(counts, batch, options) for batch in options.batches]
     circumstances = {
         "data": ", ".join(file.name for file in options.annotations),

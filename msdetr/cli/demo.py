@@ -102,9 +102,9 @@ def _draw(weights: Path, data: Path, drawing: Path) -> None:
     for index in range(min(NUM_DRAWN, len(annotations))):
         image = decode_image(annotations.image_path(index)).image
         labels, boxes = annotations.targets(index)
-        found = detect(detector, image, device)
+        detected = detect(detector, image, device)
         images.append(pil_to_tensor(image))
         truth.append((boxes, labels))
-        detections.append((found.boxes, found.labels, found.scores))
+        detections.append((detected.boxes, detected.labels, detected.scores))
     draw_comparison(drawing, images, truth, detections, detector.known_label_map.name_of)
     print(f"drew {len(images)} images with their predictions: {drawing}")

@@ -24,16 +24,16 @@ _EXAMPLES = 3
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorOptions:
-    """Check annotations and images: decode every file, and list what training would refuse
-    (errors), what it would change (warnings), and what is good to know (notes).
+    """Check annotations and images, and decode every file.
 
-    The exit status is 0 without errors, 1 with errors, 2 where the check cannot be made.
+    Errors are refused by training, warnings are changed by it, notes are good to know. The exit
+    status is 0 without errors, 1 with errors, and 2 if the data set cannot be checked.
     """
 
     dataset: tyro.conf.Positional[Path | None] = None
     """Folder in the layout of the COCO download: `train2017/`, `val2017/`, `annotations/`."""
     split: Literal["train", "val", "both"] = "both"
-    """Which part of DATASET to check."""
+    """Splits of DATASET to check."""
     images: Path | None = None
     """Folder of images, with `annotations` instead of DATASET."""
     annotations: Path | None = None
@@ -59,22 +59,19 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "msdetr doctor")
     """Check, print a summary, write the report, and return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse_options(DoctorOptions, arguments, prog=prog)
-    from msdetr.data.inspect import inspect_dataset
+    from msdetr.data.inspect import inspect_splits
 
     reports = []
     with user_errors():
-        for images, annotations in _splits(options):
-            reports.append(
-                inspect_dataset(
-                    annotations,
-                    images,
-                    label_layout=options.label_layout,
-                    exif=options.exif,
-                    num_workers=options.num_workers,
-                    show_progress=True,
-                )
-            )
-            print(summary(reports[-1]))
+        for report in inspect_splits(
+            _splits(options),
+            label_layout=options.label_layout,
+            exif=options.exif,
+            num_workers=options.num_workers,
+            show_progress=True,
+        ):
+            reports.append(report)
+            print(summary(report))
         if options.report is not None:
             content = {"splits": [report.to_dict() for report in reports]}
             options.report.write_text(json.dumps(content, indent=2) + "\n")
@@ -83,7 +80,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "msdetr doctor")
 
 
 def summary(report: Report) -> str:
-    """What was found, for people: counts, examples of each kind of finding, class histogram."""
+    """Counts, class histogram and examples of each kind of finding, for the terminal."""
     lines = [
         f"{report.annotation_file}",
         f"  {report.num_images} images ({report.num_images_without_boxes} without boxes), "
@@ -97,7 +94,7 @@ def summary(report: Report) -> str:
 
 
 def _splits(options: DoctorOptions) -> list[tuple[Path, Path]]:
-    """(image folder, annotation file) of what is to be checked."""
+    """(image folder, annotation file) of each split to check."""
     from msdetr.data.paths import Split, resolve_split
 
     if options.images is not None and options.annotations is not None:
@@ -111,7 +108,7 @@ def _splits(options: DoctorOptions) -> list[tuple[Path, Path]]:
     except ValueError as error:
         raise ValueError(
             f"{error} (for the doctor: DATASET, or --images and --annotations; --split train or "
-            "--split val checks one part)"
+            "--split val checks one split)"
         ) from None
 
 
@@ -124,22 +121,13 @@ def _histogram(boxes: dict[str, int]) -> Iterator[str]:
 
 
 def _findings(report: Report) -> Iterator[str]:
-    from msdetr.data.inspect import SEVERITIES
+    from msdetr.annotations.findings import CHECKS
 
-    for code in SEVERITIES:  # the gravest first
+    for code, check in CHECKS.items():  # in order of severity
         same = [finding for finding in report.findings if finding.code == code]
         if not same:
             continue
-        yield f"  {same[0].severity}: {code} ({len(same)})"
-        for finding in same[:_EXAMPLES]:
-            places = {
-                "image": finding.image_id,
-                "annotation": finding.annotation_id,
-                "file": finding.file_name,
-            }
-            place = ", ".join(
-                f"{key} {value}" for key, value in places.items() if value is not None
-            )
-            yield f"    {place}: {finding.message}" if place else f"    {finding.message}"
+        yield f"  {check.severity}: {code} ({len(same)}): {check.cure}"
+        yield from (f"    {finding}" for finding in same[:_EXAMPLES])
         if len(same) > _EXAMPLES:
             yield "    ..."

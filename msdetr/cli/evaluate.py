@@ -17,10 +17,10 @@ from msdetr.cli.options import configure_logging, option_value, parse_options, u
 from msdetr.config import DataConfig, EvalConfig
 
 if TYPE_CHECKING:
-    from msdetr.data.labels import LabelMap
+    from msdetr.annotations.labels import LabelMap
     from msdetr.engine.distributed import Worker
     from msdetr.engine.pretrained import LoadedDetector
-    from msdetr.evaluation.coco_eval import CocoResult
+    from msdetr.evaluation.coco_metrics import CocoResult
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +77,9 @@ def run(options: EvaluateOptions, detector: LoadedDetector, worker: Worker) -> C
     with user_errors():
         dataset = build_dataset(options.data, "val", label_map=detector.label_map)
         label_map = dataset.annotations.label_map
-        annotation_file = dataset.annotations.annotation_file
-        _check_labels(label_map, detector, annotation_file)
-        evaluator = CocoEvaluator(annotation_file, label_map)
+        table = dataset.annotations.table
+        _check_labels(label_map, detector, table.source)
+        evaluator = CocoEvaluator(table, label_map)
     config = dataclasses.replace(detector.config, data=options.data, eval=options.eval)
     loader = build_eval_loader(config, dataset, rank=worker.rank, world_size=worker.world_size)
     model = detector.model.to(worker.device)
@@ -90,7 +90,7 @@ def run(options: EvaluateOptions, detector: LoadedDetector, worker: Worker) -> C
         output = options.output or options.checkpoint.parent / "evaluation"
         output.mkdir(parents=True, exist_ok=True)
         evaluator.write_results(output / RESULTS_FILE)
-        row = {"checkpoint": str(options.checkpoint), "annotations": str(annotation_file)}
+        row = {"checkpoint": str(options.checkpoint), "annotations": str(table.source)}
         text = json.dumps(row | result.to_dict(), indent=2)
         (output / METRICS_FILE).write_text(text + "\n")
         logger.info("wrote %s and %s", output / RESULTS_FILE, output / METRICS_FILE)
@@ -100,7 +100,7 @@ def run(options: EvaluateOptions, detector: LoadedDetector, worker: Worker) -> C
 def _parse(arguments: list[str], prog: str) -> tuple[EvaluateOptions, LoadedDetector]:
     checkpoint = option_value(arguments, "--checkpoint")
     if checkpoint is None or not {"-h", "--help"}.isdisjoint(arguments):
-        parse_options(EvaluateOptions, arguments, prog=prog)  # Prints help or what is missing.
+        parse_options(EvaluateOptions, arguments, prog=prog)  # Prints the help or an error.
         raise SystemExit(0)
     from msdetr.engine.pretrained import load_detector
 
@@ -125,7 +125,7 @@ def _check_labels(label_map: LabelMap, detector: LoadedDetector, annotation_file
 
 
 def _evaluation_data(detector: LoadedDetector) -> DataConfig:
-    """How the detector's images are prepared; where they are is for the command line to say."""
+    """How the detector's images are prepared; the command line says where they are."""
     data = dataclasses.replace(
         detector.config.data,
         root=None,
@@ -134,5 +134,5 @@ def _evaluation_data(detector: LoadedDetector) -> DataConfig:
         val_images=None,
         val_annotations=None,
     )
-    # Published checkpoints do not tell their classes: labels are the category ids.
+    # Published checkpoints do not name their classes: labels are the category ids.
     return data if detector.label_map else dataclasses.replace(data, label_layout="coco")

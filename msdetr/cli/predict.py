@@ -24,7 +24,7 @@ PREDICTIONS_FILE = "predictions.json"
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions:
-    """Detect in images: write what was found, and the images with it drawn in."""
+    """Detect objects in images: write the detections and drawings of them."""
 
     checkpoint: Path
     """A checkpoint or weights file of a run, or a checkpoint of the published code."""
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "msdetr predict"
 
 
 def find_images(paths: Sequence[Path]) -> dict[str, Path]:
-    """The image files that `paths` name, by a name for the output that no two share.
+    """The image files that `paths` name, by a unique name for the output.
 
     Raises:
         ValueError: a path does not exist, or there is no image.
@@ -96,7 +96,7 @@ def find_images(paths: Sequence[Path]) -> dict[str, Path]:
 def _predict(
     file: Path, name: str, detector: LoadedDetector, device: torch.device, options: PredictOptions
 ) -> dict[str, Any]:
-    """Detect in one image, write the drawing, and give what was found as JSON types."""
+    """Detect in one image, write the drawing, and return the detections as JSON types."""
     from torchvision.transforms.v2.functional import pil_to_tensor
 
     from msdetr.data.images import decode_image

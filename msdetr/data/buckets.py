@@ -1,11 +1,10 @@
 """Image buckets: the few padded shapes that the batches of a run have.
 
-What is compiled or captured for a shape is used again for that shape only, and padding to a
-multiple of 64 leaves some 150 shapes on COCO. A bucket is a padded (height, width); a batch goes
-to the bucket of least area that holds it. Buckets are chosen for the data set, its augmentation and
-the batch size, so that little is padded: batches are simulated, and the choice minimises their
-padded area, first greedily, then by exchanging one bucket at a time (the p-median problem; Teitz
-and Bart, Operations Research 16(5), 1968).
+Compiled code and captured graphs serve one shape each, and padding to a multiple of 64 leaves some
+150 shapes on COCO. A bucket is a padded (height, width). A batch is padded to the smallest bucket
+that holds it. Buckets are chosen for the data set, its augmentation and the batch size: batches
+are simulated, and the choice minimises their padded area, first greedily, then by exchanging one
+bucket at a time (the p-median problem; Teitz and Bart, Operations Research 16(5), 1968).
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ def choose_image_buckets(
 ) -> tuple[Size, ...]:
     """The padded shapes for batches of a data set.
 
-    The result depends on the arguments alone, so that all processes of a run have the same.
+    The result depends on the arguments alone, so that it is equal in all processes of a run.
 
     Args:
         image_sizes: [N, 2], (height, width) of the stored images in pixels.
-        transform: what is done with them.
-        num_buckets: at most this many shapes.
-        batch_size: images of a batch, at most; its smaller batches fit too.
+        transform: the augmentation.
+        num_buckets: maximum number of shapes.
+        batch_size: maximum number of images in a batch.
         multiple: all sides are multiples of this.
 
     Returns:
@@ -69,7 +68,7 @@ def smallest_bucket(buckets: Sequence[Size], size: Size) -> Size | None:
 def simulate_batches(
     sample_sizes: NDArray[np.int64], batch_size: int, multiple: int, *, seed: int = 0
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Shapes [S, 2] of batches of random samples, padded to `multiple`, and how often each came.
+    """Shapes [S, 2] of batches of random samples, padded to `multiple`, and their counts.
 
     Args:
         sample_sizes: [N, 2], (height, width) of augmented samples in pixels.
@@ -83,7 +82,7 @@ def simulate_batches(
 
 
 def round_up(values: NDArray[np.int64], multiple: int) -> NDArray[np.int64]:
-    """The least multiples of `multiple` that are not below `values`."""
+    """The smallest multiples of `multiple` that are not below `values`."""
     return -(-values // multiple) * multiple
 
 
@@ -101,7 +100,7 @@ def _simulate_samples(
 def _minimise_area(
     shapes: NDArray[np.int64], weights: NDArray[np.int64], last: NDArray[np.int64], num_buckets: int
 ) -> NDArray[np.int64]:
-    """At most `num_buckets` shapes, `last` among them, of least total area when each of `shapes`
+    """At most `num_buckets` shapes, `last` among them, of minimum total area when each of `shapes`
     [S, 2], `weights` [S] times, takes the smallest that holds it."""
     heights, widths = (_lines(shapes[:, axis]) for axis in (0, 1))
     # A best bucket is as high as one of the shapes in it, and as wide as one.
@@ -138,7 +137,7 @@ def _minimise_area(
 def _best_addition(
     area: NDArray[np.int64], current: NDArray[np.int64], weights: NDArray[np.int64]
 ) -> tuple[int, int]:
-    """The candidate that lowers the total area most, and that total."""
+    """The candidate that gives the smallest total area, and that total."""
     totals = np.minimum(area, current) @ weights
     best = int(totals.argmin())
     return best, int(totals[best])
@@ -153,7 +152,7 @@ def _lines(sides: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _unique_rows(rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The different rows of [N, 2], ascending, and how often each is there."""
+    """The different rows of [N, 2], ascending, and their counts."""
     # One number per row: sorting those is many times faster than sorting rows.
     codes, counts = np.unique(rows[:, 0] << 32 | rows[:, 1], return_counts=True)
     return np.stack((codes >> 32, codes & 0xFFFFFFFF), axis=1), counts

@@ -1,9 +1,9 @@
 """Decoded images in shared memory: each is decoded once, by the process that needs it first.
 
 The memory is a file in `/dev/shm` that all loader workers, and all ranks of a machine, read and
-write by its descriptor. It has no name while it is in use, so that it is gone when the last process
-ends, however that ends. Each image has its place from the start: processes need no lock, and two
-that decode the same image write the same bytes.
+write by its descriptor. It has no name while it is in use, so that the system frees it when the
+last process ends, even by a crash. Each image has a fixed place: processes need no lock, and two of
+them that decode the same image write the same bytes.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ logger = logging.getLogger(__name__)
 SHARED_MEMORY = Path("/dev/shm")
 
 _COUNTER_BYTES = 8
-# What is known of an image. A decoder can make JPEG files smaller (`max_scale` of `decode_image`);
-# those draws bypass the cache, so that its samples are those of the files.
+# State of an image. A decoder can make JPEG files smaller (`max_scale` of `decode_image`). Such
+# reads bypass the cache, so that samples are the same with and without it.
 _EMPTY, _STORED, _NEVER_SMALLER = range(3)
 
 
 class ImageCache:
     """Decoded images of one data set, at their full size.
 
-    A JPEG file that a draw reads at 1/2 or less is still decoded each time: that is cheap, and its
-    pixels are not those that reducing the full image would give.
+    A JPEG file that a sample needs at 1/2 of its size or less is still decoded each time. That is
+    cheap, and resizing the full image would give other pixels.
     """
 
     def __init__(
@@ -47,14 +47,14 @@ class ImageCache:
         folder: Path,
         num_processes: int = 1,
     ) -> None:
-        """Take part in the cache `name`, which is empty at first.
+        """Opens the cache `name`, which is empty at first.
 
         Args:
             image_sizes: [N, 2], (height, width) in pixels.
-            name: the same for those that share it; a file name.
+            name: a file name, equal in all processes that share the cache.
             folder: of a file system in memory.
-            num_processes: how many take part, each once; loader workers inherit it and do not
-                count.
+            num_processes: number of processes that open the cache, each once. Loader workers
+                inherit it and do not count.
 
         Raises:
             ValueError: there is no such folder, or the images do not fit into its memory.
@@ -68,8 +68,8 @@ class ImageCache:
         weakref.finalize(self, os.close, self._descriptor)
 
     def load(self, index: int, max_scale: int) -> NDArray[np.uint8] | None:
-        """The pixels [H, W, 3] of image `index`, if they are stored and what `decode_image` gives
-        for `max_scale`."""
+        """The pixels [H, W, 3] of image `index`, if they are stored and equal those that
+        `decode_image` gives for `max_scale`."""
         state = os.pread(self._descriptor, 1, _COUNTER_BYTES + index)[0]
         if state == _EMPTY or (state == _STORED and max_scale > 1):
             return None
@@ -78,7 +78,7 @@ class ImageCache:
         return pixels
 
     def store(self, index: int, pixels: NDArray[np.uint8], max_scale: int) -> None:
-        """Keep image `index`, as `decode_image` gave it for `max_scale` with a scale of 1.
+        """Stores image `index`, which `decode_image` gave for `max_scale` with a scale of 1.
 
         Args:
             index: of the image.
@@ -88,7 +88,7 @@ class ImageCache:
         assert pixels.shape == (*self._sizes[index], 3)
         pixels = np.ascontiguousarray(pixels)
         _transfer(os.pwritev, self._descriptor, pixels, int(self._offsets[index]))
-        # Only now: whoever reads the state then reads all of the pixels.
+        # Last: a process that reads the state can then read all pixels.
         state = _STORED if max_scale == 1 else _NEVER_SMALLER
         os.pwrite(self._descriptor, bytes([state]), _COUNTER_BYTES + index)
 
@@ -104,12 +104,12 @@ class ImageCache:
 def open_image_cache(image_sizes: NDArray[np.int64], *identity: str) -> ImageCache:
     """The cache that the ranks on this machine share.
 
-    torchrun tells a rank how many there are (`LOCAL_WORLD_SIZE`), and starts all of them: they have
-    one parent process. Other ranks than torchrun's have a cache each.
+    torchrun sets the number of ranks (`LOCAL_WORLD_SIZE`) and is the parent process of all of them.
+    Without torchrun, each rank has a cache of its own.
 
     Args:
         image_sizes: [N, 2], (height, width) of the images in pixels.
-        identity: strings that tell the set and the way that it is decoded from all others.
+        identity: strings that identify the data set and how it is decoded.
 
     Raises:
         ValueError: the images do not fit into the memory that is free.
@@ -123,8 +123,11 @@ def open_image_cache(image_sizes: NDArray[np.int64], *identity: str) -> ImageCac
 
 
 def _open_shared(path: Path, size: int, num_processes: int) -> int:
-    """Descriptor of the file that `num_processes` share. The last to come reserves its memory and
-    removes its name: before that it is empty, so that a crash leaves next to nothing."""
+    """Descriptor of the file that `num_processes` share.
+
+    The last process reserves the memory and removes the name. Before that the file is empty, so
+    that a crash leaves an empty file behind.
+    """
     if not path.parent.is_dir():
         raise ValueError(
             f"--data.cache memory needs {path.parent}, which does not exist here: use none"
@@ -154,7 +157,7 @@ def _open_and_lock(path: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.fstat(descriptor).st_nlink:
             return descriptor
-        os.close(descriptor)  # Its name was removed meanwhile: the next one is a new file.
+        os.close(descriptor)  # Its name has been removed: the next one is a new file.
 
 
 def _reserve(descriptor: int, size: int, folder: Path) -> None:
@@ -181,7 +184,7 @@ def _too_large(folder: Path, size: int, free: int) -> str:
 
 
 def _free_bytes(folder: Path) -> int:
-    """What may be written to `folder`: room in its file system, and memory for it."""
+    """Bytes that `folder` can take: free in its file system and available in memory."""
     file_system = os.statvfs(folder)
     free = file_system.f_bavail * file_system.f_frsize
     for line in Path("/proc/meminfo").read_text().splitlines():
@@ -196,7 +199,7 @@ def _transfer(
     pixels: NDArray[np.uint8],
     offset: int,
 ) -> None:
-    """All of `pixels` by `os.preadv` or `os.pwritev`, which may do a part (2 GiB at most)."""
+    """Transfers `pixels` by `os.preadv` or `os.pwritev`, which take at most 2 GiB per call."""
     rest = pixels.data.cast("B")
     while rest:
         done = call(descriptor, [rest], offset)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from msdetr.annotations.labels import LabelMap
 from msdetr.config import DataConfig
+from msdetr.data.annotated_images import AnnotatedImages, load_annotated_images
 from msdetr.data.buckets import choose_image_buckets
 from msdetr.data.cache import ImageCache, open_image_cache
-from msdetr.data.coco import CocoDataset, load_coco
 from msdetr.data.images import ExifPolicy, decode_image
-from msdetr.data.labels import LabelMap
 from msdetr.data.paths import Split, resolve_split
 from msdetr.data.transforms import (
     Augmentation,
@@ -50,14 +51,14 @@ class DetectionDataset(Dataset[Sample]):
 
     Args:
         annotations: images and boxes.
-        transform: draws what to do with an image of a given size.
+        transform: draws the geometry for an image of a given size.
         exif: whether photographs are turned as their EXIF tag says.
         cache: keeps decoded images; samples are the same with and without one.
     """
 
     def __init__(
         self,
-        annotations: CocoDataset,
+        annotations: AnnotatedImages,
         transform: Augmentation,
         exif: ExifPolicy = "ignore",
         cache: ImageCache | None = None,
@@ -77,18 +78,21 @@ class DetectionDataset(Dataset[Sample]):
             raise IndexError(f"index {index} of {len(self)} images")
         return self.sample(index, np.random.default_rng(index))
 
-    def image_buckets(
-        self, num_buckets: int, *, batch_size: int, multiple: int
-    ) -> tuple[Size, ...]:
-        """Padded shapes for batches of this set, see `choose_image_buckets`; computed once."""
-        key = (num_buckets, batch_size, multiple)
+    def image_buckets(self, config: DataConfig, batch_size: int) -> tuple[Size, ...]:
+        """Padded shapes for batches of this set, see `choose_image_buckets`; computed once.
+
+        Empty without `config.num_image_buckets`.
+        """
+        if not config.num_image_buckets:
+            return ()
+        key = (config.num_image_buckets, batch_size, config.pad_multiple)
         if key not in self._image_buckets:
             buckets = choose_image_buckets(
-                self.annotations.sizes.numpy(),
+                self.annotations.table.sizes.numpy(),
                 self.transform,
-                num_buckets=num_buckets,
+                num_buckets=config.num_image_buckets,
                 batch_size=batch_size,
-                multiple=multiple,
+                multiple=config.pad_multiple,
             )
             names = ", ".join(f"{height}x{width}" for height, width in buckets)
             logger.info("%d image buckets for batches of %d: %s", len(buckets), batch_size, names)
@@ -124,25 +128,36 @@ class DetectionDataset(Dataset[Sample]):
         return transform_pixels(decoded, geometry)
 
 
-def build_dataset(
-    config: DataConfig, split: Split, *, label_map: LabelMap | None = None
-) -> DetectionDataset:
-    """The training set with augmentation, or the validation set without.
+def build_datasets(
+    config: DataConfig, splits: Sequence[Split], *, label_map: LabelMap | None = None
+) -> dict[Split, DetectionDataset]:
+    """Training sets with augmentation, validation sets without.
 
     Args:
         config: where the data are and how they are augmented.
-        split: which of the two.
-        label_map: labels of the model or training set, instead of those of the annotation file.
+        splits: which sets; the first decides about the labels.
+        label_map: labels of a model to use instead.
 
     Raises:
-        ValueError: a path is missing, the annotations are broken, or the images do not fit into
-            memory for `config.cache`; says which and what to do.
+        ValueError: a path is missing, the annotations of any split have errors, or the images do
+            not fit into memory for `config.cache`.
     """
-    images, annotation_file = resolve_split(config, split)
-    annotations = load_coco(annotation_file, images, config.label_layout, label_map=label_map)
-    transform = training_transform if split == "train" else evaluation_transform
-    cache = None
-    if config.cache == "memory":
-        identity = (split, str(images.resolve()), str(annotation_file.resolve()), config.exif)
-        cache = open_image_cache(annotations.sizes.numpy(), *identity)
-    return DetectionDataset(annotations, transform(config), config.exif, cache)
+    paths = [resolve_split(config, split) for split in splits]
+    annotated = load_annotated_images(paths, config.label_layout, label_map=label_map)
+    datasets = {}
+    for split, images in zip(splits, annotated, strict=True):
+        transform = training_transform if split == "train" else evaluation_transform
+        cache = None
+        if config.cache == "memory":
+            folder, file = images.image_folder.resolve(), images.table.source.resolve()
+            identity = (split, str(folder), str(file), config.exif)
+            cache = open_image_cache(images.table.sizes.numpy(), *identity)
+        datasets[split] = DetectionDataset(images, transform(config), config.exif, cache)
+    return datasets
+
+
+def build_dataset(
+    config: DataConfig, split: Split, *, label_map: LabelMap | None = None
+) -> DetectionDataset:
+    """One set, see `build_datasets`."""
+    return build_datasets(config, (split,), label_map=label_map)[split]

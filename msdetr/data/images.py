@@ -1,4 +1,4 @@
-"""Image files: safe paths inside the image folder, decoding to RGB, one EXIF policy.
+"""Image files: decoding to RGB, one EXIF policy.
 
 Pillow decodes. A photograph may be stored rotated, with an EXIF tag that says how to turn it: the
 policy `ignore` takes the stored pixels (COCO's boxes are drawn on those), `apply` turns them.
@@ -6,9 +6,7 @@ policy `ignore` takes the stored pixels (COCO's boxes are drawn on those), `appl
 
 from __future__ import annotations
 
-import os
-import stat
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,7 +17,7 @@ ExifPolicy = Literal["ignore", "apply"]
 _TRANSPOSING_ORIENTATIONS = (5, 6, 7, 8)
 _DRAFT_SCALES = (1, 2, 4, 8)
 MODES_WITHOUT_RANGE = ("I", "F")
-"""Pillow's modes whose values have no 8- or 16-bit range: what is white is not known."""
+"""Pillow's modes whose values have no 8- or 16-bit range, so that white is not defined."""
 
 
 class DecodedImage(NamedTuple):
@@ -29,58 +27,6 @@ class DecodedImage(NamedTuple):
     """RGB."""
     scale: int
     """Pixel (x, y) covers the stored pixels `[x * scale, (x + 1) * scale)` and the same in y."""
-
-
-def check_file_name(file_name: str) -> None:
-    """Refuses a name that is not a relative path below the image folder, by its text alone.
-
-    Raises:
-        ValueError: empty, absolute (also in Windows' way) or with a `..` in it.
-    """
-    parts = file_name.replace("\\", "/").split("/")
-    is_absolute = not parts[0] or parts[0][1:2] == ":"
-    if is_absolute or ".." in parts or "\0" in file_name:
-        raise ValueError(
-            f"file name {file_name!r} is not a relative path inside the image folder: "
-            "absolute paths and '..' are refused"
-        )
-
-
-def resolve_image_path(folder: Path, file_name: str) -> Path:
-    """The file `file_name` in `folder`, symbolic links followed.
-
-    Raises:
-        ValueError: the name leaves the folder, by its text or through a symbolic link, or links
-            go in a circle.
-    """
-    check_file_name(file_name)
-    real_folder = os.path.realpath(folder)
-    if not _has_links(real_folder, file_name):
-        return Path(real_folder, file_name)
-    try:
-        path = Path(real_folder, file_name).resolve()
-    except (OSError, RuntimeError) as error:  # links in a circle
-        raise ValueError(f"{folder / file_name}: {error}") from error
-    if not path.is_relative_to(real_folder):
-        raise ValueError(
-            f"{folder / file_name}: a symbolic link leads out of the image folder, to {path}; "
-            "copy the file into the folder"
-        )
-    return path
-
-
-def _has_links(folder: str, file_name: str) -> bool:
-    """Whether a part of `file_name` below `folder` is a symbolic link. Resolving all of a path for
-    every image would take ten times as long."""
-    path = folder
-    for part in PurePath(file_name).parts:
-        path = f"{path}{os.sep}{part}"
-        try:
-            if stat.S_ISLNK(os.lstat(path).st_mode):
-                return True
-        except OSError:  # It does not exist: nothing to follow.
-            return False
-    return False
 
 
 def exif_orientation(image: Image.Image) -> int:
@@ -110,8 +56,8 @@ def decode_image(
         path: the file; any format that Pillow reads.
         exif: whether to turn a photograph as its EXIF tag says.
         expected_size: (height, width) that the annotation file gives, after turning.
-        max_scale: at least 1. JPEG files are decoded smaller by the largest factor of 1, 2, 4, 8
-            up to this, which is several times faster than to decode pixels and throw them away.
+        max_scale: at least 1. JPEG files are reduced while decoding by the largest factor of 1, 2,
+            4, 8 up to this, which is several times faster than decoding all pixels.
 
     Raises:
         ValueError: missing, unreadable or truncated file, a size other than `expected_size`, or
@@ -134,8 +80,8 @@ def decode_image(
 
 def _decode(image: Image.Image, exif: ExifPolicy, max_scale: int) -> DecodedImage:
     turned = exif == "apply" and exif_orientation(image) != 1
-    # A scaled image starts with its first whole pixel and ends in a part of one. Turning would put
-    # the part first, so that `scale` alone could not say what a pixel covers.
+    # The last row and column of a scaled image may cover less than `scale` pixels. Turning would
+    # put them first, so that `scale` alone could not say which pixels they cover.
     scale = 1 if turned else _draft(image, max_scale)
     if turned:
         image = ImageOps.exif_transpose(image)
@@ -150,7 +96,7 @@ def _decode(image: Image.Image, exif: ExifPolicy, max_scale: int) -> DecodedImag
 
 
 def _draft(image: Image.Image, max_scale: int) -> int:
-    """Asks the decoder for a smaller image and gives the scale that it agreed to."""
+    """Asks the decoder for a smaller image and returns the scale that it chose."""
     scale = max(s for s in _DRAFT_SCALES if s <= max_scale)
     width, height = image.size
     answer = image.draft("RGB", (max(width // scale, 1), max(height // scale, 1)))

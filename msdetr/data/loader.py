@@ -16,27 +16,20 @@ from msdetr.data.sampler import (
     rank_batch_size,
     sample_generator,
     step_positions,
-    steps_per_epoch,
+)
+from msdetr.data.sampler import (
+    steps_per_epoch as steps_per_epoch,
 )
 from msdetr.data.transfer import CollateAndSend
 from msdetr.data.transforms import Size
 from msdetr.structures import Batch
 
-__all__ = [
-    "EpochSamples",
-    "build_eval_loader",
-    "build_train_loader",
-    "eval_image_buckets",
-    "steps_per_epoch",
-    "train_image_buckets",
-]
-
 
 class EpochSamples(Dataset[Sample]):
     """The samples of one epoch by their position in its order.
 
-    A sample depends on (seed, epoch, position) alone: not on the process that computes it, nor on
-    what was computed before.
+    A sample depends on (seed, epoch, position) alone, not on the process that computes it or on
+    earlier samples.
     """
 
     def __init__(self, dataset: DetectionDataset, *, seed: int, epoch: int) -> None:
@@ -92,9 +85,11 @@ def build_train_loader(
 def build_eval_loader(
     config: RunConfig, dataset: DetectionDataset, *, rank: int = 0, world_size: int = 1
 ) -> DataLoader[Batch]:
-    """This rank's share of the images, in batches of `config.eval.batch_size`; the last may be
-    smaller. Over all ranks every image comes exactly once; ranks may have different numbers of
-    batches, also none."""
+    """This rank's share of the images, in batches of `config.eval.batch_size` or less.
+
+    Over all ranks, every image comes exactly once. Ranks may have different numbers of batches,
+    also none.
+    """
     indices = list(evaluation_indices(len(dataset), rank=rank, world_size=world_size))
     size = config.eval.batch_size
     batches = [indices[begin : begin + size] for begin in range(0, len(indices), size)]
@@ -104,30 +99,21 @@ def build_eval_loader(
 def train_image_buckets(
     config: RunConfig, dataset: DetectionDataset, *, world_size: int = 1
 ) -> tuple[Size, ...]:
-    """(height, width) of all batches of `build_train_loader`, ascending by area, the same on every
-    rank; empty without `data.num_image_buckets`. With `data.target_buckets`, every shape that
-    training meets (but for images of more targets than the largest of those)."""
+    """(height, width) of all batches of `build_train_loader`, ascending by area.
+
+    Equal on all ranks. Empty without `data.num_image_buckets`. Together with `data.target_buckets`
+    these are all shapes of training, except for images with more targets than the largest of those.
+    """
     train = config.train
     share = rank_batch_size(
         train.batch_size, world_size=world_size, accumulation_steps=train.accumulation_steps
     )
-    return _image_buckets(config, dataset, share)
+    return dataset.image_buckets(config.data, share)
 
 
 def eval_image_buckets(config: RunConfig, dataset: DetectionDataset) -> tuple[Size, ...]:
     """(height, width) of all batches of `build_eval_loader`, as `train_image_buckets`."""
-    return _image_buckets(config, dataset, config.eval.batch_size)
-
-
-def _image_buckets(
-    config: RunConfig, dataset: DetectionDataset, batch_size: int
-) -> tuple[Size, ...]:
-    data = config.data
-    if not data.num_image_buckets:
-        return ()
-    return dataset.image_buckets(
-        data.num_image_buckets, batch_size=batch_size, multiple=data.pad_multiple
-    )
+    return dataset.image_buckets(config.data, config.eval.batch_size)
 
 
 def _loader(
@@ -136,8 +122,8 @@ def _loader(
     batches: list[list[int]],
     image_buckets: tuple[Size, ...],
 ) -> DataLoader[Batch]:
-    # DataLoader draws a seed for its workers, which nothing here uses: from a generator of its own,
-    # so that it leaves the global one alone. PyTorch gives each worker one thread.
+    # DataLoader draws a seed for its workers, which is unused here. A generator of its own keeps it
+    # from advancing the global one. PyTorch gives each worker one thread.
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=batches,

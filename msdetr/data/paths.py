@@ -13,34 +13,29 @@ Split = Literal["train", "val"]
 def resolve_split(config: DataConfig, split: Split) -> tuple[Path, Path]:
     """Image folder and annotation file of a split.
 
-    `config.<split>_images` and `config.<split>_annotations` take precedence; what they leave open
-    is looked up under `config.root` in the layout of the COCO download.
+    `config.<split>_images` and `config.<split>_annotations` take precedence. A missing one is
+    looked up under `config.root` in the layout of the COCO download.
 
     Raises:
-        ValueError: neither is given, or a path does not exist; says which and what to do.
+        ValueError: neither is given, or a path does not exist; the message names the options.
     """
-    root = config.root
     images = config.train_images if split == "train" else config.val_images
     annotations = config.train_annotations if split == "train" else config.val_annotations
-    if root is None and (images is None or annotations is None):
+    if config.root is not None:
+        images = images or config.root / f"{split}2017"
+        annotations = annotations or config.root / "annotations" / f"instances_{split}2017.json"
+    if images is None or annotations is None:
         raise ValueError(
             f"no {split} data: give --data.root FOLDER (COCO layout), or both "
             f"--data.{split}-images FOLDER and --data.{split}-annotations FILE"
         )
-    if images is None and root is not None:
-        images = root / f"{split}2017"
-    if annotations is None and root is not None:
-        annotations = root / "annotations" / f"instances_{split}2017.json"
-    assert images is not None
-    assert annotations is not None
-    if not images.is_dir():
-        raise ValueError(
-            f"{images}: the folder of the {split} images does not exist; check --data.root (a "
-            f"folder in COCO layout) or give --data.{split}-images"
-        )
-    if not annotations.is_file():
-        raise ValueError(
-            f"{annotations}: the file of the {split} annotations does not exist; check --data.root "
-            f"(a folder in COCO layout) or give --data.{split}-annotations"
-        )
+    for path, place, kind, exists in (
+        (images, "folder", "images", images.is_dir()),
+        (annotations, "file", "annotations", annotations.is_file()),
+    ):
+        if not exists:
+            raise ValueError(
+                f"{path}: the {place} of the {split} {kind} does not exist; check --data.root (a "
+                f"folder in COCO layout) or give --data.{split}-{kind}"
+            )
     return images, annotations

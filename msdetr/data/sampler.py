@@ -1,9 +1,9 @@
-"""Which images a step takes: a stateless function of (seed, epoch, step, rank, world size).
+"""The images of a step: a stateless function of (seed, epoch, step, rank, world size).
 
-Every epoch orders the images anew. Its positions 0, 1, 2, ... are dealt to steps of `batch_size`,
-and each step's positions to the ranks in equal runs, so the images of a step are the same whatever
-the number of ranks. Positions left over after the last whole batch are dropped; a set smaller than
-one batch goes round until the batch is full.
+Every epoch orders the images anew. A step takes the next `batch_size` positions of that order, and
+each rank an equal share of them, so the images of a step do not depend on the number of ranks.
+Positions after the last whole batch are dropped. A set smaller than one batch is repeated until the
+batch is full.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-# What a stream of random numbers is for. SeedSequence pads with zeros, so that without these tags
-# the order of an epoch and the sample at its position 0 would draw the same numbers.
+# Tags of random streams. SeedSequence pads keys with zeros: without tags, the order of an epoch and
+# the sample at its position 0 would draw the same numbers.
 _ORDER, _SAMPLE = 1, 2
 
 
@@ -70,28 +70,6 @@ def step_positions(step: int, *, batch_size: int, rank: int, world_size: int) ->
         raise ValueError(f"rank {rank} of {world_size}")
     begin = step * batch_size + rank * share
     return range(begin, begin + share)
-
-
-def step_indices(
-    *,
-    seed: int,
-    epoch: int,
-    step: int,
-    num_images: int,
-    batch_size: int,
-    rank: int,
-    world_size: int,
-) -> NDArray[np.int64]:
-    """Indices of the images that a rank takes at a step of an epoch, [batch_size / world_size].
-
-    Raises:
-        ValueError: as `step_positions`, or the epoch has no such step.
-    """
-    num_steps = steps_per_epoch(num_images, batch_size)
-    if not 0 <= step < num_steps:
-        raise ValueError(f"step {step} of an epoch of {num_steps}")
-    positions = step_positions(step, batch_size=batch_size, rank=rank, world_size=world_size)
-    return np.take(epoch_permutation(seed, epoch, num_images), positions, mode="wrap")
 
 
 def evaluation_indices(num_images: int, *, rank: int, world_size: int) -> range:

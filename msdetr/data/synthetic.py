@@ -1,8 +1,8 @@
-"""A small detection set from nothing: coloured shapes on cluttered backgrounds, in COCO layout.
+"""A small generated data set: coloured shapes on cluttered backgrounds, in COCO layout.
 
-It is for trying the whole path from files to mAP within minutes, on a machine without data. The
-shapes differ in form only (colour and size say nothing about the class), are tilted and overlap a
-little, and stand among lines and dots that belong to no class.
+It serves to try the whole path from files to mAP within minutes, on a machine without data. Classes
+differ in form only, not in colour or size. Shapes are tilted and overlap a little, among lines and
+dots that belong to no class.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ CLASS_NAMES = ("circle", "square", "triangle", "star")
 
 _MARKER = "synthetic.json"
 _VERSION = 1  # raised when the same parameters give other files
-_SIZES = (20, 60)  # least and largest extent of a shape before rotation, in pixels
+_SIZES = (20, 60)  # minimum and maximum extent of a shape before rotation, in pixels
 _MAX_SHAPES = 5
 _MIN_VISIBLE = 0.65  # share of a shape that later shapes must leave uncovered
-_MIN_CONTRAST = 90.0  # distance in RGB between a shape and what is behind it
+_MIN_CONTRAST = 90.0  # distance in RGB between a shape and its background
 _MAX_TILT = math.radians(20)
 _SUPERSAMPLING = 4
 _PLACEMENT_ATTEMPTS = 20

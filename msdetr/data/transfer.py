@@ -1,8 +1,8 @@
-"""Batches on their way from a loader process.
+"""Sending batches from a loader process to the training process.
 
-PyTorch sends every tensor in a shared memory file of its own, whose descriptor travels over a new,
-authenticated connection. Only the images are worth that; everything else of a batch is a few
-kilobytes, and goes through the pipe.
+PyTorch sends every tensor in a shared memory file of its own, whose descriptor needs a new,
+authenticated connection. Only the images are worth that. The rest of a batch is a few kilobytes and
+goes through the pipe.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from msdetr.structures import Batch, ImageBatch, Targets
 
 @dataclass(frozen=True)
 class CollateAndSend:
-    """A `collate` function for a loader: batches, packed where they have to go to another process,
-    in which they arrive as batches."""
+    """A `collate` function for a loader. Batches for another process are packed, and unpacked as
+    they arrive there."""
 
     collate: Callable[[Sequence[Sample]], Batch]
 
@@ -36,7 +36,7 @@ class CollateAndSend:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """A batch that is pickled in few parts, and unpickled as a `Batch`."""
+    """A batch that is pickled as one tensor and a few arrays, and unpickled as a `Batch`."""
 
     batch: Batch
 

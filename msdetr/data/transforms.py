@@ -1,8 +1,8 @@
-"""Augmentation in two parts: drawing what to do (`Geometry`), and doing it.
+"""Augmentation in two steps: drawing a `Geometry`, and applying it.
 
-Random resize, crop and resize again (DETR's recipe) is one window of the stored image and one final
-size. With both known before anything is decoded, a sample costs one decode (smaller than stored
-where that is enough) and one resize.
+Random resize, crop and resize again (DETR's recipe) amount to one window of the stored image and
+one final size. Both are known before the image is decoded, so a sample costs one decode (at reduced
+size where that is enough) and one resize.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Geometry(NamedTuple):
 
     @property
     def max_scale(self) -> int:
-        """By how much the image may be decoded smaller without enlarging it afterwards, or 1."""
+        """Largest factor by which the decoder may reduce the image without enlarging it later."""
         return max(1, min(self.height // self.size[0], self.width // self.size[1]))
 
 
 class Augmentation(Protocol):
-    """Draws what to do with an image."""
+    """Draws the geometry of an image."""
 
     def __call__(self, image_size: Size, rng: np.random.Generator) -> Geometry:
         """The geometry for an image of `image_size`, drawn from `rng`."""
@@ -175,7 +175,7 @@ def scaled_size(image_size: Size, shorter_side: int, max_size: int | None = None
 
 
 def _draw(values: tuple[int, ...], rng: np.random.Generator) -> int:
-    """One of `values`. What `rng.choice` draws, without its array: five times faster."""
+    """One of `values`, as `rng.choice` draws it, but without an array: five times faster."""
     return values[int(rng.integers(len(values)))]
 
 
@@ -190,7 +190,7 @@ def _longest_side(ratio: float, shorter_side: int, max_size: int) -> int:
 
 
 def transform_pixels(decoded: DecodedImage, geometry: Geometry) -> Tensor:
-    """Carries out `geometry` on an image that was decoded with its `max_scale` or less.
+    """Applies `geometry` to an image that was decoded with its `max_scale` or less.
 
     Returns:
         [3, *geometry.size] uint8, its memory in any order.
@@ -209,7 +209,7 @@ def transform_pixels(decoded: DecodedImage, geometry: Geometry) -> Tensor:
 
 
 def resize_window(image: NDArray[np.uint8], geometry: Geometry) -> Tensor:
-    """Carries out `geometry` on the pixels [H, W, 3] of a whole image: antialiased bilinear.
+    """Applies `geometry` to the pixels [H, W, 3] of a whole image: antialiased bilinear.
 
     Returns:
         [3, *geometry.size] uint8, its memory in any order.
@@ -224,7 +224,7 @@ def resize_window(image: NDArray[np.uint8], geometry: Geometry) -> Tensor:
 
 
 def transform_boxes(labels: Tensor, boxes: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """Labels [m] and boxes [m, 4], what the window of `geometry` leaves of them.
+    """Labels and boxes inside the window of `geometry`.
 
     Args:
         labels: [n] int64
@@ -236,7 +236,7 @@ def transform_boxes(labels: Tensor, boxes: Tensor, geometry: Geometry) -> tuple[
         height) as fractions of the window, clipped to it.
     """
     top, left, height, width = geometry[:4]
-    # NumPy: on a few boxes, torch's cost per operation is most of the time.
+    # NumPy: for a few boxes, torch's overhead per operation would dominate.
     origin = np.array((left, top) * 2, dtype=np.float32)
     extent = np.array((width, height) * 2, dtype=np.float32)
     first, last = np.split(((boxes.numpy() - origin) / extent).clip(0, 1), 2, axis=1)

@@ -12,7 +12,8 @@ from msdetr.config import EvalConfig
 from msdetr.engine.device import autocast, to_device
 from msdetr.engine.distributed import Worker, gather_objects
 from msdetr.engine.metrics.progress import progress
-from msdetr.evaluation.coco_eval import CocoEvaluator, CocoResult
+from msdetr.evaluation.coco_eval import CocoEvaluator
+from msdetr.evaluation.coco_metrics import CocoResult
 from msdetr.evaluation.postprocess import postprocess
 from msdetr.structures import Batch
 
@@ -31,7 +32,7 @@ def evaluate_detector(
 
     Args:
         model: the detector, not wrapped for distributed training: ranks may have different numbers
-            of batches. It is in evaluation mode meanwhile, and afterwards in the mode it was in.
+            of batches. It runs in evaluation mode and returns to its mode afterwards.
         loader: this rank's share of the images.
         evaluator: an empty one, of the same annotations on every rank. Rank 0's holds the
             detections of all ranks afterwards.

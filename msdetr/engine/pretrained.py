@@ -6,8 +6,8 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from msdetr.annotations.labels import COCO_CATEGORIES, COCO_NUM_CLASSES, LabelMap
 from msdetr.config import RunConfig
-from msdetr.data.labels import COCO_CATEGORIES, COCO_NUM_CLASSES, LabelMap
 from msdetr.engine.checkpoint import load_checkpoint
 from msdetr.model.checkpoint_adapter import load_published_checkpoint, load_state
 from msdetr.model.detector import Detector, build_detector
@@ -35,8 +35,7 @@ class LoadedDetector:
         num_classes = self.config.model.num_classes
         assert num_classes is not None
         if num_classes == COCO_NUM_CLASSES:
-            categories = [{"id": key, "name": name} for key, name in COCO_CATEGORIES.items()]
-            return LabelMap.from_categories(categories, "coco")
+            return LabelMap.from_categories(COCO_CATEGORIES, "coco")
         labels = tuple(range(num_classes))
         return LabelMap(labels, labels, tuple(f"class {label}" for label in labels), num_classes)
 

@@ -7,9 +7,9 @@ import json
 import logging
 from pathlib import Path
 
+from msdetr.annotations.labels import LabelMap
 from msdetr.config import RunConfig, config_to_dict
-from msdetr.data.dataset import build_dataset
-from msdetr.data.labels import LabelMap
+from msdetr.data.dataset import build_datasets
 from msdetr.engine.checkpoint import (
     Checkpoint,
     check_resumable,
@@ -42,11 +42,12 @@ def build_trainer(config: RunConfig, worker: Worker) -> Trainer:
         ValueError, OSError: the data, the checkpoint or the weights are missing, damaged or do not
             fit the configuration; or a new run would mix with an earlier one in its folder.
     """
-    train_data = build_dataset(config.data, "train")
+    # Read together, so that annotation errors of both are reported at once.
+    datasets = build_datasets(
+        config.data, ("train", "val") if config.train.eval_every else ("train",)
+    )
+    train_data, val_data = datasets["train"], datasets.get("val")
     label_map = train_data.annotations.label_map
-    val_data = None
-    if config.train.eval_every:
-        val_data = build_dataset(config.data, "val", label_map=label_map)
     config = resolve_image_buckets(resolve_num_classes(config, label_map), worker)
     source = find_resume_source(config, worker)
     model = build_model(config, worker, initialize=source is None)

@@ -34,7 +34,8 @@ from msdetr.engine.prefetch import StepInput, prefetch
 from msdetr.engine.seeding import seed_step
 from msdetr.engine.training_state import TrainingState
 from msdetr.engine.warm_up import warm_up_batches
-from msdetr.evaluation.coco_eval import CocoEvaluator, CocoResult
+from msdetr.evaluation.coco_eval import CocoEvaluator
+from msdetr.evaluation.coco_metrics import CocoResult
 from msdetr.model.detector import Detector
 from msdetr.structures import Batch
 from msdetr.supervision.criterion import Criterion, LossOutput, add_losses
@@ -283,7 +284,7 @@ class Trainer:
             result = evaluate_detector(
                 self.model,
                 build_eval_loader(config, data, rank=worker.rank, world_size=worker.world_size),
-                CocoEvaluator(data.annotations.annotation_file, self.label_map),
+                CocoEvaluator(data.annotations.table, self.label_map),
                 config.eval,
                 worker,
                 precision=config.train.precision,

@@ -1,4 +1,4 @@
-"""Detections drawn on images, and beside the ground truth, for people to look at."""
+"""Detections drawn on images, alone or beside the ground truth."""
 
 from __future__ import annotations
 
@@ -10,25 +10,30 @@ from typing import NamedTuple
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import make_grid
+
+from msdetr.evaluation.fonts import Font, readable_text
 
 PANEL_SIZE = 448
 """Longer side of a drawn image in pixels: small images are enlarged until their text is legible."""
 
 _FONT_SIZE = 16
-_MARGIN = 20
+_MARGIN = 10
+_HEADER = _FONT_SIZE + 8
 _BACKGROUND = (250, 250, 250)
 _INK = (30, 30, 30)
 
 _Rectangle = tuple[float, float, float, float]
 _Color = tuple[int, int, int]
-_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 class _Mark(NamedTuple):
-    """A box to draw, in pixels of the panel, and what is written at it."""
+    """A box to draw, in pixels of the panel, and its text."""
 
     box: _Rectangle
     text: str
+    font: Font
     color: _Color
 
 
@@ -55,16 +60,14 @@ def draw_detections(
         ValueError: `image` is not [3, H, W] uint8.
     """
     panel, scale = _enlarged(image, panel_size)
-    order = range(len(boxes)) if scores is None else scores.argsort().tolist()
-    marks = [
-        _Mark(
-            box=_inside(boxes[index].tolist(), scale, panel.size),
-            text=name_of(int(labels[index]))
-            + ("" if scores is None else f" {float(scores[index]):.2f}"),
-            color=_color(int(labels[index])),
-        )
-        for index in order
-    ]
+    marks = []
+    for index in range(len(boxes)) if scores is None else scores.argsort().tolist():
+        label = int(labels[index])
+        text, font = readable_text(name_of(label), label, _FONT_SIZE)
+        if scores is not None:
+            text += f" {float(scores[index]):.2f}"
+        box = _inside(boxes[index].tolist(), scale, panel.size)
+        marks.append(_Mark(box, text, font, _color(label)))
     _draw_marks(panel, marks)
     return panel
 
@@ -98,17 +101,22 @@ def draw_comparison(
     """
     if not images or not len(images) == len(truth) == len(detections):
         raise ValueError(
-            "draw_comparison needs at least one image and as many truths and detections, got "
+            "draw_comparison needs one or more images and as many truths and detections, got "
             f"{len(images)} images, {len(truth)} truths and {len(detections)} detections"
         )
-    pairs = []
-    for image, annotated, found in zip(images, truth, detections, strict=True):
+    panels = []
+    caption = f"predictions, score >= {score_threshold:g}"
+    for image, annotated, detected in zip(images, truth, detections, strict=True):
         left = draw_detections(image, *annotated, None, name_of, panel_size=panel_size)
-        boxes, labels, scores = (column[found[2] >= score_threshold] for column in found)
+        boxes, labels, scores = (column[detected[2] >= score_threshold] for column in detected)
         right = draw_detections(image, boxes, labels, scores, name_of, panel_size=panel_size)
-        pairs.append(_pair(left, right, f"predictions, score >= {score_threshold:g}"))
+        panels += [(left, "ground truth"), (right, caption)]
+    width = max(panel.width for panel, _ in panels)
+    height = max(panel.height for panel, _ in panels) + _HEADER
+    tiles = [_tile(panel, caption, (width, height)) for panel, caption in panels]
+    grid = make_grid(tiles, nrow=2 * columns, padding=_MARGIN, pad_value=_BACKGROUND[0])
     path.parent.mkdir(parents=True, exist_ok=True)
-    _grid(pairs, columns).save(path, format="PNG")
+    to_pil_image(grid).save(path, format="PNG")
 
 
 def _enlarged(image: Tensor, panel_size: int) -> tuple[Image.Image, float]:
@@ -137,33 +145,32 @@ def _color(label: int) -> _Color:
 
 
 def _draw_marks(panel: Image.Image, marks: Sequence[_Mark]) -> None:
-    """Boxes first, in order; then the texts, the last mark's first, where they hide no other."""
+    """Draws boxes in order, then texts from the last mark to the first, so that none hides another
+    if there is a free place.
+
+    torchvision's `draw_bounding_boxes` would write all texts at the same corner of their boxes.
+    """
     draw = ImageDraw.Draw(panel)
     for mark in marks:
-        # A dark edge keeps a box visible on a ground of its own colour.
-        draw.rectangle(_grown(mark.box, 1), outline=_INK, width=4)
+        # A dark edge keeps a box visible on a background of its own colour.
+        x0, y0, x1, y1 = mark.box
+        draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=_INK, width=4)
         draw.rectangle(mark.box, outline=mark.color, width=2)
-    font = ImageFont.load_default(_FONT_SIZE)
     taken: list[_Rectangle] = []
     for mark in reversed(marks):
-        place = _text_place(mark, _text_size(mark.text, font), panel.size, taken)
+        place = _text_place(mark, panel.size, taken)
         taken.append(place)
         draw.rectangle(place, fill=mark.color)
         middle = (place[1] + place[3]) / 2
         ink = _INK if _luminance(mark.color) > 0.5 else _BACKGROUND
-        draw.text((place[0] + 3, middle), mark.text, fill=ink, font=font, anchor="lm")
+        draw.text((place[0] + 3, middle), mark.text, fill=ink, font=mark.font, anchor="lm")
 
 
-def _text_size(text: str, font: _Font) -> tuple[float, float]:
-    left, _, right, _ = font.getbbox(text)
-    return right - left + 6, _FONT_SIZE + 4
-
-
-def _text_place(
-    mark: _Mark, size: tuple[float, float], panel: tuple[int, int], taken: Sequence[_Rectangle]
-) -> _Rectangle:
+def _text_place(mark: _Mark, panel: tuple[int, int], taken: Sequence[_Rectangle]) -> _Rectangle:
     """The first place at the box, inside the panel, that overlaps no text placed before."""
-    (x0, y0, x1, y1), (width, height) = mark.box, size
+    x0, y0, x1, y1 = mark.box
+    left, _, right, _ = mark.font.getbbox(mark.text)
+    width, height = right - left + 6, _FONT_SIZE + 4
     candidates = [
         (x0, y0 - height),  # above
         (x0, y1),  # below
@@ -188,43 +195,16 @@ def _overlap(a: _Rectangle, b: _Rectangle) -> float:
     return max(0.0, width) * max(0.0, height)
 
 
-def _grown(box: _Rectangle, by: float) -> _Rectangle:
-    return box[0] - by, box[1] - by, box[2] + by, box[3] + by
-
-
 def _luminance(color: _Color) -> float:
     red, green, blue = color
     return (0.299 * red + 0.587 * green + 0.114 * blue) / 255
 
 
-def _pair(truth: Image.Image, detections: Image.Image, caption: str) -> Image.Image:
-    """Two panels of one size side by side, with a caption over each."""
+def _tile(panel: Image.Image, caption: str, size: tuple[int, int]) -> Tensor:
+    """[3, height, width] uint8, the panel with a caption over it."""
+    tile = Image.new("RGB", size, _BACKGROUND)
     font = ImageFont.load_default(_FONT_SIZE)
-    header = _FONT_SIZE + 8
-    gap = _MARGIN // 4
-    size = (truth.width + gap + detections.width, header + truth.height)
-    pair = Image.new("RGB", size, _BACKGROUND)
-    draw = ImageDraw.Draw(pair)
-    for panel, left, text in (
-        (truth, 0, "ground truth"),
-        (detections, truth.width + gap, caption),
-    ):
-        draw.text((left, header / 2), text, fill=_INK, font=font, anchor="lm")
-        pair.paste(panel, (left, header))
-    return pair
-
-
-def _grid(pairs: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Pairs row by row, `columns` in a row, each row as high as its highest pair."""
-    rows = [pairs[start : start + columns] for start in range(0, len(pairs), columns)]
-    cell_width = max(pair.width for pair in pairs)
-    heights = [max(pair.height for pair in row) for row in rows]
-    width = _MARGIN + min(columns, len(pairs)) * (cell_width + _MARGIN)
-    height = _MARGIN + sum(row_height + _MARGIN for row_height in heights)
-    grid = Image.new("RGB", (width, height), _BACKGROUND)
-    top = _MARGIN
-    for row, row_height in zip(rows, heights, strict=True):
-        for column, pair in enumerate(row):
-            grid.paste(pair, (_MARGIN + column * (cell_width + _MARGIN), top))
-        top += row_height + _MARGIN
-    return grid
+    ImageDraw.Draw(tile).text((0, _HEADER / 2), caption, fill=_INK, font=font, anchor="lm")
+    tile.paste(panel, (0, _HEADER))
+    tensor: Tensor = pil_to_tensor(tile)
+    return tensor

@@ -66,7 +66,7 @@ def _to_pixels(boxes: Tensor, original_sizes: Tensor) -> Tensor:
 
 
 def _best_pairs(scores: Tensor, boxes: Tensor, limit: int) -> Detections:
-    """The at most `limit` best of the pairs [B, Q, K], with boxes [B, Q, 4]."""
+    """The best of the pairs [B, Q, K], `limit` at most, with boxes [B, Q, 4]."""
     num_classes = scores.shape[-1]
     pairs = scores.flatten(1)  # [B, Q * K]
     best, index = pairs.topk(min(limit, pairs.shape[1]), dim=1)
@@ -75,7 +75,7 @@ def _best_pairs(scores: Tensor, boxes: Tensor, limit: int) -> Detections:
 
 
 def _suppress(candidates: Detections, limit: int, iou_threshold: float) -> Detections:
-    """Per class and image, keep what no better candidate overlaps, in `limit` places."""
+    """Per class and image, keep candidates that no better one overlaps, `limit` at most."""
     num_images = len(candidates.scores)
     kept = Detections(
         scores=candidates.scores.new_zeros(num_images, limit),

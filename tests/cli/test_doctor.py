@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from msdetr.annotations import findings
+from msdetr.annotations.findings import CHECKS
 from msdetr.cli.doctor import main
-from msdetr.data.coco import load_coco
-from msdetr.data.inspect import SEVERITIES
+from msdetr.data.annotated_images import load_annotated_images
 
 CATEGORIES = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
 
@@ -72,13 +73,28 @@ def root(tmp_path) -> CocoRoot:
     return CocoRoot(tmp_path / "set")
 
 
-def is_read(root: CocoRoot) -> bool:
-    """Whether training reads the annotation file."""
-    try:
-        load_coco(root.annotations, root.images)
-    except ValueError:
-        return False
-    return True
+def refused(root: CocoRoot, *splits: str) -> list[str]:
+    """The errors that training refuses, one line each."""
+    folders = [root.root / f"{split}2017" for split in splits]
+    files = [root.root / "annotations" / f"instances_{split}2017.json" for split in splits]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(findings, "_MAX_SHOWN", 1000)
+        try:
+            load_annotated_images(list(zip(folders, files, strict=True)))
+        except ValueError as error:
+            return [line.strip() for line in str(error).splitlines()[1:]]
+    return []
+
+
+def errors_of(report: dict) -> list[str]:
+    """The errors of a report that concern annotations, one line each, as `refused` gives them."""
+    of_files = {"missing_image", "unreadable_image", "wrong_size", "unsupported_mode"}
+    return [
+        f"{report['annotation_file']}: {findings.Finding(**finding)}"
+        for finding in report["findings"]
+        if finding.pop("severity") == "error" and finding["code"] not in of_files
+        if finding.pop("cure")
+    ]
 
 
 def test_a_healthy_set(root, capsys):
@@ -259,8 +275,20 @@ def plant_grayscale(root):
     Image.new("L", (60, 40)).save(root.add_image(9))
 
 
+def plant_crowd_flag_of_text(root):
+    root.add_annotation(1, iscrowd="0")
+
+
+def plant_unknown_crowd_flag(root):
+    root.add_annotation(1, iscrowd="yes")
+
+
+def plant_area_of_text(root):
+    root.add_annotation(1, area="12")
+
+
 PLANTS = [
-    # what is planted, code of the finding, whether the reader for training refuses the file
+    # fault, code of the finding, whether training refuses the annotation file
     (plant_missing, "missing_image", False),
     (plant_unreadable, "unreadable_image", False),
     (plant_truncated, "unreadable_image", False),
@@ -288,6 +316,9 @@ PLANTS = [
     (plant_annotation_that_is_a_text, "malformed_annotation", True),
     (plant_duplicate_category, "invalid_categories", True),
     (plant_nameless_category, "invalid_categories", True),
+    (plant_unknown_crowd_flag, "malformed_annotation", True),
+    (plant_crowd_flag_of_text, "crowd_flag_text", False),
+    (plant_area_of_text, "malformed_area", False),
     (plant_degenerate_box, "degenerate_box", False),
     (plant_negative_box, "degenerate_box", False),
     (plant_box_over_the_edge, "box_outside", False),
@@ -304,22 +335,45 @@ PLANTS = [
 def test_every_planted_fault_is_found(root, plant, code, is_refused):
     plant(root)
     status, report = root.check()
-    assert is_read(root) != is_refused
+    assert bool(refused(root, "train")) == is_refused
     found = [f for f in report["findings"] if f["code"] == code]
     assert len(found) == 1
-    assert found[0]["severity"] == SEVERITIES[code]
-    assert status == (SEVERITIES[code] == "error")
+    assert found[0]["severity"] == CHECKS[code].severity
+    assert found[0]["cure"] == CHECKS[code].cure
+    assert status == (CHECKS[code].severity == "error")
     assert status == 1 or not is_refused
     # Nothing else is wrong, except that a new image has no boxes and may be turned.
     expected = {code, "image_without_boxes", "exif_rotated"}
     assert {f["code"] for f in report["findings"]} <= expected
     # It says where.
     place = found[0]["file_name"], found[0]["image_id"], found[0]["annotation_id"]
-    assert any(place) or "category" in found[0]["message"] or "not an object" in found[0]["message"]
+    assert (
+        any(place) or "categories" in found[0]["message"] or "not an object" in found[0]["message"]
+    )
 
 
 def test_every_code_is_planted():
-    assert {code for _, code, _ in PLANTS} | {"image_without_boxes"} == set(SEVERITIES)
+    in_two_splits = {"image_without_boxes", "category_mismatch"}
+    assert {code for _, code, _ in PLANTS} | in_two_splits == set(CHECKS)
+
+
+def test_training_refuses_the_errors_of_both_splits(root, capsys):
+    for plant, _, is_refused in PLANTS:
+        if is_refused:
+            plant(root)
+    train = json.dumps(root.content)
+    root.content["categories"][1] = {"id": 2, "name": "Dog"}
+    root.write()  # and the categories of val differ
+    root.annotations.write_text(train)
+    report = root.root / "report.json"
+    assert main([str(root.root), "--report", str(report), "--num-workers", "0"]) == 1
+    splits = json.loads(report.read_text())["splits"]
+    errors = [line for split in splits for line in errors_of(split)]
+    assert len(errors) > 40
+    assert refused(root, "train", "val") == errors
+    output = capsys.readouterr().out
+    assert "category 2 is 'Dog' here, but 'dog' in the label map" in output
+    assert f"error: category_mismatch (1): {CHECKS['category_mismatch'].cure}" in output
 
 
 def test_many_faults_at_once(root, capsys):
@@ -332,7 +386,7 @@ def test_many_faults_at_once(root, capsys):
     assert (report["num_errors"], report["num_warnings"]) == (3, 6)
     output = capsys.readouterr().out
     assert "warning: box_outside (5)" in output
-    assert "image 1, annotation 4, file 1.jpg: bbox [1, 2, nan, 4]" in output
+    assert "image 1, annotation 4, file 1.jpg: 'bbox' is [1, 2, nan, 4]" in output
     assert output.index("error: unreadable_image") < output.index("warning: degenerate_box")
 
 
@@ -343,7 +397,7 @@ def test_boxes_are_counted_as_training_does(root):
     root.add_annotation(2, category_id=2)
     _, report = root.check()
     assert report["class_histogram"] == {"cat": 4, "dog": 1}
-    dataset = load_coco(root.annotations, root.images)
+    (dataset,) = load_annotated_images([(root.images, root.annotations)])
     assert dataset.labels.bincount().tolist() == [4, 1]
 
 

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from msdetr.annotations.labels import LabelMap
+from msdetr.data.annotated_images import AnnotatedImages, load_annotated_images
+
 CATEGORIES = [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}]
 
 
@@ -19,6 +22,10 @@ CATEGORIES = [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}]
 class CocoFolder:
     images: Path
     annotations: Path
+
+    def load(self, label_map: LabelMap | None = None) -> AnnotatedImages:
+        (images,) = load_annotated_images([(self.images, self.annotations)], label_map=label_map)
+        return images
 
 
 @pytest.fixture
@@ -29,8 +36,9 @@ def write_coco(tmp_path: Path) -> Callable[..., CocoFolder]:
         images: Sequence[Any],
         annotations: Sequence[Any] = (),
         categories: Sequence[Any] = CATEGORIES,
+        name: str = "instances.json",
     ) -> CocoFolder:
-        folder = CocoFolder(tmp_path / "images", tmp_path / "instances.json")
+        folder = CocoFolder(tmp_path / "images", tmp_path / name)
         folder.images.mkdir(exist_ok=True)
         content = {
             "images": list(images),

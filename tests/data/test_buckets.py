@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from msdetr.config import DataConfig, EvalConfig, RunConfig, TrainConfig
 from msdetr.data import buckets
 from msdetr.data.buckets import choose_image_buckets, simulate_batches, smallest_bucket
-from msdetr.data.coco import load_coco
 from msdetr.data.dataset import DetectionDataset
 from msdetr.data.loader import (
     build_eval_loader,
@@ -175,7 +174,7 @@ CONFIG = RunConfig(
 @pytest.fixture
 def annotations(noise_coco):
     folder = noise_coco(18)
-    return load_coco(folder.annotations, folder.images)
+    return folder.load()
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -7,10 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from msdetr.annotations.labels import LabelMap
 from msdetr.config import DataConfig
-from msdetr.data.coco import load_coco
 from msdetr.data.dataset import DetectionDataset, build_dataset
-from msdetr.data.labels import LabelMap
 from msdetr.data.transforms import evaluation_transform, training_transform
 
 SMALL = DataConfig(
@@ -42,7 +41,7 @@ def folder(write_coco):
 
 
 def test_a_sample(folder):
-    annotations = load_coco(folder.annotations, folder.images)
+    annotations = folder.load()
     dataset = DetectionDataset(annotations, evaluation_transform(SMALL))
     assert len(dataset) == 1
     sample = dataset[0]
@@ -59,13 +58,13 @@ def test_a_sample(folder):
 
 @pytest.mark.parametrize("index", [-1, 1])
 def test_other_indices_are_refused(folder, index):
-    annotations = load_coco(folder.annotations, folder.images)
+    annotations = folder.load()
     with pytest.raises(IndexError):
         DetectionDataset(annotations, evaluation_transform(SMALL))[index]
 
 
 def test_a_sample_depends_on_its_generator_alone(folder):
-    annotations = load_coco(folder.annotations, folder.images)
+    annotations = folder.load()
     dataset = DetectionDataset(annotations, training_transform(SMALL))
     samples = []
     for seed in (0, 1, 2, 3, 0):
@@ -83,7 +82,7 @@ def test_exif_policy_reaches_the_decoder(write_coco):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (40, 20)).save(folder.images / "a.jpg", exif=exif)
-    annotations = load_coco(folder.annotations, folder.images)
+    annotations = folder.load()
     transform = evaluation_transform(SMALL)
     assert DetectionDataset(annotations, transform, "apply")[0].pixels.shape == (3, 80, 40)
     with pytest.raises(ValueError, match="msdetr doctor"):
@@ -94,7 +93,7 @@ def test_links_out_of_the_folder_are_refused(folder, tmp_path):
     inside = folder.images / "sub" / "a.png"
     inside.rename(tmp_path / "a.png")
     inside.symlink_to(tmp_path / "a.png")
-    annotations = load_coco(folder.annotations, folder.images)
+    annotations = folder.load()
     with pytest.raises(ValueError, match="leads out of the image folder"):
         DetectionDataset(annotations, evaluation_transform(SMALL))[0]
 

@@ -5,13 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset
 
 from msdetr.config import DataConfig, EvalConfig, RunConfig, TrainConfig
-from msdetr.data.coco import load_coco
 from msdetr.data.dataset import DetectionDataset
 from msdetr.data.loader import EpochSamples, build_eval_loader, build_train_loader
-from msdetr.data.sampler import step_indices
+from msdetr.data.sampler import epoch_permutation, step_positions
 from msdetr.data.transforms import evaluation_transform, training_transform
 
 CONFIG = RunConfig(
@@ -41,7 +39,7 @@ def with_workers(num_workers: int) -> RunConfig:
 @pytest.fixture
 def dataset(noise_coco):
     folder = noise_coco(18)
-    annotations = load_coco(folder.annotations, folder.images)
+    annotations = folder.load()
     return DetectionDataset(annotations, training_transform(CONFIG.data))
 
 
@@ -114,15 +112,14 @@ def test_ranks_share_the_same_global_batches(dataset, world_size):
 
 def test_any_step_can_be_reproduced(dataset):
     for step, batch in enumerate(build_train_loader(CONFIG, dataset, epoch=3)):
-        indices = step_indices(
-            seed=7, epoch=3, step=step, num_images=18, batch_size=4, rank=0, world_size=1
-        )
-        assert batch.image_ids.tolist() == dataset.annotations.image_ids[indices].tolist()
+        positions = step_positions(step, batch_size=4, rank=0, world_size=1)
+        indices = epoch_permutation(7, 3, 18)[list(positions)]
+        assert batch.image_ids.tolist() == dataset.annotations.table.image_ids[indices].tolist()
 
 
 def test_a_small_set_goes_round_with_new_augmentation(noise_coco):
     folder = noise_coco(3)
-    annotations = load_coco(folder.annotations, folder.images)
+    annotations = folder.load()
     dataset = DetectionDataset(annotations, training_transform(CONFIG.data))
     config = dataclasses.replace(CONFIG, train=TrainConfig(batch_size=30))
     (batch,) = build_train_loader(config, dataset, epoch=0)
@@ -153,7 +150,7 @@ def test_evaluation_takes_every_image_once(dataset, world_size):
         for batch in batches:
             assert 1 <= len(batch.image_ids) <= 3
             ids += batch.image_ids.tolist()
-    assert sorted(ids) == dataset.annotations.image_ids.tolist()
+    assert sorted(ids) == dataset.annotations.table.image_ids.tolist()
     assert (min(num_batches) == 0) == (world_size > 18)
 
 
@@ -176,27 +173,22 @@ def test_a_broken_image_is_named(dataset):
             list(build_eval_loader(with_workers(num_workers), dataset))
 
 
-class ThreadCount(Dataset):
-    """Instead of images: how many threads PyTorch uses where they are made."""
-
-    def __init__(self, dataset: DetectionDataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return 1
+class ThreadCount(DetectionDataset):
+    """The image id of a sample is the number of threads that PyTorch used to make it."""
 
     def __getitem__(self, index: int):
-        return self.dataset[index]._replace(image_id=torch.get_num_threads())
+        return super().__getitem__(index)._replace(image_id=torch.get_num_threads())
 
 
 def test_workers_use_one_thread(dataset):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        (batch,) = build_eval_loader(with_workers(1), ThreadCount(dataset))
+        counted = ThreadCount(dataset.annotations, evaluation_transform(CONFIG.data))
+        batch = next(iter(build_eval_loader(with_workers(1), counted)))
     finally:
         torch.set_num_threads(before)
-    assert batch.image_ids.tolist() == [1]
+    assert set(batch.image_ids.tolist()) == {1}
 
 
 def test_workers_make_images_in_shared_memory(dataset):

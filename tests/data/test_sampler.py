@@ -9,7 +9,6 @@ from msdetr.data.sampler import (
     epoch_permutation,
     evaluation_indices,
     sample_generator,
-    step_indices,
     step_positions,
     steps_per_epoch,
 )
@@ -17,26 +16,18 @@ from msdetr.data.sampler import (
 
 def epoch_indices(num_images, batch_size, world_size, *, seed=1, epoch=0) -> np.ndarray:
     """[steps, batch_size], the ranks' shares side by side."""
-    steps = range(steps_per_epoch(num_images, batch_size))
-    return np.array(
+    order = epoch_permutation(seed, epoch, num_images)
+    positions = [
         [
-            np.concatenate(
-                [
-                    step_indices(
-                        seed=seed,
-                        epoch=epoch,
-                        step=step,
-                        num_images=num_images,
-                        batch_size=batch_size,
-                        rank=rank,
-                        world_size=world_size,
-                    )
-                    for rank in range(world_size)
-                ]
+            position
+            for rank in range(world_size)
+            for position in step_positions(
+                step, batch_size=batch_size, rank=rank, world_size=world_size
             )
-            for step in steps
         ]
-    )
+        for step in range(steps_per_epoch(num_images, batch_size))
+    ]
+    return np.take(order, positions, mode="wrap")  # as `EpochSamples` does
 
 
 @settings(max_examples=60, deadline=None)
@@ -93,12 +84,6 @@ def test_batch_size_must_be_divisible():
 def test_rank_must_exist(rank):
     with pytest.raises(ValueError, match="of 2"):
         step_positions(0, batch_size=10, rank=rank, world_size=2)
-
-
-@pytest.mark.parametrize("step", [-1, 3])
-def test_step_must_exist(step):
-    with pytest.raises(ValueError, match="of an epoch of 3"):
-        step_indices(seed=0, epoch=0, step=step, num_images=11, batch_size=3, rank=0, world_size=1)
 
 
 def test_steps_per_epoch():

@@ -10,7 +10,7 @@ from PIL import Image
 from msdetr.config import DataConfig
 from msdetr.data import synthetic
 from msdetr.data.dataset import build_dataset
-from msdetr.data.inspect import inspect_dataset
+from msdetr.data.inspect import inspect_splits
 from msdetr.data.paths import resolve_split
 from msdetr.data.synthetic import CLASS_NAMES, write_synthetic_dataset
 
@@ -51,9 +51,8 @@ def test_layout_and_counts(root):
 
 
 def test_the_doctor_finds_nothing(root):
-    for split in ("train", "val"):
-        images, annotations = resolve_split(DataConfig(root=root), split)
-        report = inspect_dataset(annotations, images)
+    splits = [resolve_split(DataConfig(root=root), split) for split in ("train", "val")]
+    for report in inspect_splits(splits):
         assert report.findings == ()
         assert min(report.class_histogram.values()) > 0
         assert report.num_images_without_boxes == 0

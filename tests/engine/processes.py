@@ -32,7 +32,8 @@ from msdetr.engine.metrics.writer import METRICS_FILE
 from msdetr.engine.parallel import full_tensor, local_tensor
 from msdetr.engine.prefetch import StepInput
 from msdetr.engine.run import build_trainer
-from msdetr.evaluation.coco_eval import CocoEvaluator, CocoResult
+from msdetr.evaluation.coco_eval import CocoEvaluator
+from msdetr.evaluation.coco_metrics import CocoResult
 
 PROGRESS = Progress(step=99, epoch=0, steps_per_epoch=100, config={}, label_map={}, world_size=2)
 

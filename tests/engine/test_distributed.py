@@ -34,7 +34,7 @@ _KINDS = ("ddp", "ddp-parts", "fsdp", "fsdp-parts", "ddp-compiled", "fsdp-compil
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set whose second step has no target on rank 1 of 2."""
     positions = step_positions(1, batch_size=BATCH_SIZE, rank=1, world_size=2)
-    empty = epoch_permutation(SEED, 0, NUM_TRAIN)[positions]
+    empty = epoch_permutation(SEED, 0, NUM_TRAIN)[list(positions)]
     root = tmp_path_factory.mktemp("distributed") / "data"
     return write_shapes(root, num_train=NUM_TRAIN, num_val=5, without_targets=set(empty.tolist()))
 

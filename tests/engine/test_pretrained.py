@@ -9,8 +9,8 @@ import pytest
 import torch
 from engine.helpers import TINY_MODEL, tiny_config
 
+from msdetr.annotations.labels import LabelMap
 from msdetr.config import ModelConfig, RunConfig, config_to_dict
-from msdetr.data.labels import LabelMap
 from msdetr.engine.checkpoint import Progress, save_checkpoint
 from msdetr.engine.distributed import Worker
 from msdetr.engine.pretrained import LoadedDetector, load_detector, start_from_weights

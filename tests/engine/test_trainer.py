@@ -30,7 +30,7 @@ from msdetr.engine.prefetch import StepInput, on_device
 from msdetr.engine.run import build_trainer
 from msdetr.engine.tensor_files import TensorsInMemory
 from msdetr.engine.trainer import Trainer
-from msdetr.evaluation.coco_eval import CocoResult
+from msdetr.evaluation.coco_metrics import CocoResult
 from msdetr.model.detector import Detector, build_detector
 from msdetr.structures import Batch, ImageBatch, Targets
 from msdetr.supervision.criterion import Criterion

@@ -122,5 +122,5 @@ def test_unsuitable_input_is_refused(tmp_path: Path) -> None:
         draw_comparison(
             tmp_path / "a.png", [plain_image(8, 8)], [], [NO_DETECTIONS], NAMES.__getitem__
         )
-    with pytest.raises(ValueError, match="at least one image"):
+    with pytest.raises(ValueError, match="one or more images"):
         draw_comparison(tmp_path / "a.png", [], [], [], NAMES.__getitem__)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from msdetr.engine.distributed import Worker
 from msdetr.engine.metrics.writer import MetricsWriter
-from msdetr.evaluation.coco_eval import CocoResult
+from msdetr.evaluation.coco_metrics import CocoResult
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -36,7 +36,7 @@ COCO_CATEGORIES: dict[int, str] = dict(
 
 @dataclass(frozen=True)
 class LabelMap:
-    """Which label stands for which category. Categories ascend by id."""
+    """Labels of categories. Categories ascend by id."""
 
     category_ids: tuple[int, ...]
     """Ids of the annotation file."""
@@ -59,23 +59,23 @@ class LabelMap:
 
     @classmethod
     def from_categories(
-        cls, categories: Sequence[Mapping[str, Any]], layout: LabelLayout = "auto"
+        cls, categories: Mapping[int, str], layout: LabelLayout = "auto"
     ) -> LabelMap:
-        """The label map of the `categories` of an annotation file (each with `id` and `name`).
+        """The label map of a data set.
 
         Args:
-            categories: in any order.
+            categories: names by category id, in any order.
             layout: `coco` keeps ids as labels (91 classes); `contiguous` numbers the categories
                 from 0 in the order of their ids; `auto` is `coco` exactly for COCO's own 80.
 
         Raises:
-            ValueError: no categories, an entry without integer id or text name, a duplicate id, or
-                an id that the `coco` layout has no place for.
+            ValueError: no categories, or an id that the `coco` layout has no place for.
         """
-        names = _names_by_id(categories)
+        if not categories:
+            raise ValueError("there are no categories")
         if layout == "auto":
-            layout = "coco" if names == COCO_CATEGORIES else "contiguous"
-        ids = tuple(sorted(names))
+            layout = "coco" if categories == COCO_CATEGORIES else "contiguous"
+        ids = tuple(sorted(categories))
         if layout == "contiguous":
             labels, num_classes = tuple(range(len(ids))), len(ids)
         else:
@@ -85,7 +85,7 @@ class LabelMap:
                     f"label layout 'coco' keeps category ids below {COCO_NUM_CLASSES}, these are "
                     f"{ids[0]} to {ids[-1]}: use layout 'contiguous'"
                 )
-        return cls(ids, labels, tuple(names[i] for i in ids), num_classes)
+        return cls(ids, labels, tuple(categories[i] for i in ids), num_classes)
 
     def category_of(self, label: int) -> int | None:
         """Category id that `label` stands for; None for a label that no category uses."""
@@ -96,10 +96,6 @@ class LabelMap:
         """Name of the category that `label` stands for, or `unused <label>`."""
         position = self._position.get(label)
         return f"unused {label}" if position is None else self.names[position]
-
-    def label_of(self, category_id: int) -> int | None:
-        """Label of a category; None where the map does not know it."""
-        return self._label.get(category_id)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
@@ -130,24 +126,3 @@ class LabelMap:
     @cached_property
     def _position(self) -> dict[int, int]:
         return {label: position for position, label in enumerate(self.labels)}
-
-    @cached_property
-    def _label(self) -> dict[int, int]:
-        return dict(zip(self.category_ids, self.labels, strict=True))
-
-
-def _names_by_id(categories: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-    names: dict[int, str] = {}
-    for category in categories:
-        try:
-            category_id, name = category["id"], category["name"]
-        except (KeyError, TypeError):
-            raise ValueError(f"category {category!r} has no id or no name") from None
-        if not isinstance(category_id, int) or not isinstance(name, str):
-            raise ValueError(f"category {category!r}: id must be an integer, name a text")
-        if category_id in names:
-            raise ValueError(f"category id {category_id} appears twice")
-        names[category_id] = name
-    if not names:
-        raise ValueError("there are no categories")
-    return names

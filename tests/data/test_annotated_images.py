@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data.conftest import CocoFolder
 
-from msdetr.data.coco import load_coco
-from msdetr.data.labels import LabelMap
+from msdetr.annotations.labels import LabelMap
+from msdetr.data.annotated_images import load_annotated_images
 
 IMAGE = {"id": 5, "file_name": "a.jpg", "width": 100, "height": 50}
 ANNOTATION = {"id": 1, "image_id": 5, "category_id": 3, "bbox": [1, 2, 3, 4]}
@@ -33,7 +34,7 @@ def expected_targets(content: dict, image: dict, label_of: dict[int, int]) -> li
 
 
 def assert_same_as_file(folder, content, label_of):
-    dataset = load_coco(folder.annotations, folder.images)
+    dataset = folder.load()
     images = sorted(content["images"], key=lambda image: image["id"])
     assert len(dataset) == len(images)
     for index, image in enumerate(images):
@@ -47,7 +48,7 @@ def assert_same_as_file(folder, content, label_of):
     return dataset
 
 
-def test_arrays_hold_what_the_file_says(write_coco):
+def test_arrays_hold_the_content_of_the_file(write_coco):
     rng = random.Random(0)
     images = [
         {"id": i, "file_name": f"part {i}/bild_ä{i}.jpg", "width": 60 + i % 40, "height": 90}
@@ -74,117 +75,70 @@ def test_arrays_hold_what_the_file_says(write_coco):
 
 @pytest.mark.parametrize(("name", "num_classes"), [("coco64", 91), ("bccd", 3)])
 def test_real_annotations(shared_data, name, num_classes):
-    class Folder:
-        images = shared_data / name / "train2017"
-        annotations = shared_data / name / "annotations" / "instances_train2017.json"
-
-    content = json.loads(Folder.annotations.read_text())
+    root = shared_data / name
+    annotations = root / "annotations" / "instances_train2017.json"
+    folder = CocoFolder(root / "train2017", annotations)
+    content = json.loads(annotations.read_text())
     ids = sorted(category["id"] for category in content["categories"])
     labels = ids if num_classes == 91 else range(len(ids))
-    dataset = assert_same_as_file(Folder, content, dict(zip(ids, labels, strict=True)))
+    dataset = assert_same_as_file(folder, content, dict(zip(ids, labels, strict=True)))
     assert dataset.label_map.num_classes == num_classes
 
 
 def test_images_without_any_annotation(write_coco):
     folder = write_coco([IMAGE])
-    dataset = load_coco(folder.annotations, folder.images)
+    dataset = folder.load()
     assert dataset.targets(0)[0].shape == (0,)
     assert dataset.targets(0)[1].shape == (0, 4)
-
-
-def test_polygons_are_skipped_wherever_they_stand(write_coco):
-    tricky = '"segmentation": [1, 2]'
-    polygons = {"segmentation": [[1.5, 2, 3e-5, 4], [5, 6]]}
-    folder = write_coco(
-        [IMAGE],
-        [
-            polygons | ANNOTATION,
-            ANNOTATION | {"id": 2} | polygons,  # the last field of the object
-            ANNOTATION | {"id": 3, "segmentation": []},
-            ANNOTATION | {"id": 4, "segmentation": {"counts": [1, 2], "size": [50, 100]}},
-        ],
-        [{"id": 3, "name": tricky}],
-    )
-    dataset = load_coco(folder.annotations, folder.images)
-    assert len(dataset.boxes) == 4
-    assert dataset.label_map.names == (tricky,)
 
 
 def test_labels_of_another_set(write_coco):
     folder = write_coco([IMAGE], [ANNOTATION], [{"id": 3, "name": "cat"}])
     trained = LabelMap((1, 3), (0, 1), ("bird", "cat"), 2)
-    dataset = load_coco(folder.annotations, folder.images, label_map=trained)
+    dataset = folder.load(trained)
     assert dataset.label_map is trained
     assert dataset.labels.tolist() == [1]
     for other in (LabelMap((1,), (0,), ("bird",), 1), LabelMap((3,), (0,), ("bird",), 1)):
         with pytest.raises(ValueError, match="category 3 is 'cat' here"):
-            load_coco(folder.annotations, folder.images, label_map=other)
+            folder.load(other)
 
 
-@pytest.mark.parametrize(
-    ("images", "annotations", "message"),
-    [
-        ([{"file_name": "a.jpg", "width": 1, "height": 1}], [], "has no 'id'"),
-        ([17], [], "image 17 has no 'id'"),
-        ([IMAGE | {"id": "5"}], [], "'id' must be an integer"),
-        ([IMAGE | {"id": 2**70}], [], "exceeds 64 bits"),
-        ([{"id": 5, "file_name": "a.jpg", "width": 1}], [], "id 5 has no 'height'"),
-        ([IMAGE | {"width": 0}], [], "image 5: height 50 and width 0"),
-        ([{"id": 5, "width": 1, "height": 1}], [], "id 5 has no 'file_name'"),
-        ([IMAGE, IMAGE], [], "image id 5 appears more than once"),
-        ([IMAGE | {"file_name": "../a.jpg"}], [], r"id 5: file name '../a.jpg'"),
-        ([IMAGE | {"file_name": "/a.jpg"}], [], "id 5: file name '/a.jpg'"),
-        ([IMAGE], [{"id": 1}], "annotation with id 1 has no 'image_id'"),
-        ([IMAGE], [ANNOTATION, ANNOTATION], "annotation id 1 appears more than once"),
-        ([IMAGE], [ANNOTATION | {"image_id": 6}], "annotation 1: image_id 6 is not among"),
-        ([IMAGE], [ANNOTATION | {"category_id": 4}], "annotation 1: category_id 4 is not among"),
-        ([IMAGE], [ANNOTATION | {"category_id": None}], "'category_id' must be an integer"),
-        ([IMAGE], [ANNOTATION | {"bbox": None}], "annotation 1: 'bbox' must be four"),
-        ([IMAGE], [ANNOTATION | {"bbox": [1, 2, 3]}], "annotation 1: 'bbox' must be four"),
-        ([IMAGE], [ANNOTATION | {"bbox": [1, 2, 3, "4"]}], "annotation 1: 'bbox' must be four"),
-        ([IMAGE], [ANNOTATION | {"bbox": [1, 2, 3, float("nan")]}], "'bbox' must be four"),
-        ([IMAGE], [ANNOTATION | {"bbox": [1, 2, 3, 1e39]}], "'bbox' must be four"),
-        ([IMAGE], [ANNOTATION | {"bbox": [1, 2, 3.5, 10**400]}], "'bbox' must be four"),
-    ],
-)
-def test_broken_entries_are_refused(write_coco, images, annotations, message):
-    folder = write_coco(images, annotations)
-    with pytest.raises(ValueError, match=message) as error:
-        load_coco(folder.annotations, folder.images)
-    assert str(error.value).startswith(f"{folder.annotations}: ")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"images": [', "invalid JSON"),
-        ("[1, 2]", "no list 'images'"),
-        ('{"images": [], "categories": []}', "no list 'annotations'"),
-        ('{"images": [], "annotations": [], "categories": []}', "no categories"),
-        ("\xff\xfe", "invalid JSON"),
-    ],
-)
-def test_broken_files_are_refused(tmp_path, text, message):
-    file = tmp_path / "instances.json"
-    file.write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match=message) as error:
-        load_coco(file, tmp_path)
-    assert str(error.value).startswith(f"{file}: ")
-
-
-def test_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"absent\.json: cannot read the file"):
-        load_coco(tmp_path / "absent.json", tmp_path)
+def test_errors_of_all_files_are_reported_together(write_coco):
+    unknown = [ANNOTATION | {"id": i, "image_id": 6} for i in range(7)]
+    train = write_coco([IMAGE], unknown, name="train.json")
+    val = write_coco(
+        [IMAGE | {"width": 0}],
+        [ANNOTATION],  # no second error, although its image is refused
+        [{"id": 3, "name": "bird"}],
+        name="val.json",
+    )
+    splits = [(folder.images, folder.annotations) for folder in (train, val)]
+    with pytest.raises(ValueError, match=r"^9 error\(s\).*`msdetr doctor` lists all") as error:
+        load_annotated_images(splits)
+    lines = str(error.value).splitlines()[1:]
+    assert [line for line in lines if line.startswith(f"  {train.annotations}: ")] == [
+        *[
+            f"  {train.annotations}: image 6, annotation {i}: there is no image with id 6"
+            for i in range(5)
+        ],
+        f"  {train.annotations}: 2 more of unknown_image",
+    ]
+    assert [line.split(": ")[1] for line in lines[6:]] == [
+        "image 5, file a.jpg",
+        "category 3 is 'bird' here, but 'cat' in the label map of the model or training set",
+    ]
 
 
 def test_spawned_processes_share_the_arrays(write_coco):
     annotations = [ANNOTATION | {"id": i} for i in range(5000)]
     folder = write_coco([IMAGE], annotations)
-    dataset = load_coco(folder.annotations, folder.images)
+    dataset = folder.load()
     assert dataset.boxes.nbytes == 80_000
+    assert dataset.table.boxes.nbytes == 160_000
     pickled = multiprocessing.reduction.ForkingPickler.dumps(dataset)
     assert len(pickled) < 5000  # handles, not contents
     assert dataset.boxes.is_shared()
+    assert dataset.table.boxes.is_shared()
 
 
 def write_large_annotations(path: Path, num_images: int, num_boxes: int) -> None:
@@ -226,13 +180,13 @@ def write_large_annotations(path: Path, num_images: int, num_boxes: int) -> None
 MEASURE = """
 import os, sys, time
 from pathlib import Path
-from msdetr.data.coco import load_coco
+from msdetr.data.annotated_images import load_annotated_images
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 before, start = resident(), time.process_time()
-dataset = load_coco(Path(sys.argv[1]), Path("images"))
+(dataset,) = load_annotated_images([(Path("images"), Path(sys.argv[1]))])
 print(len(dataset), len(dataset.boxes), time.process_time() - start, resident() - before)
 """
 

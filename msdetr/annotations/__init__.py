@@ -1,0 +1,1 @@
+"""Annotations of a data set: readers of file formats, checks, and one table that all use."""
