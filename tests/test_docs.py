@@ -1,0 +1,69 @@
+"""Links, paths and commands in the documentation exist, and its lines are short."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")])
+MAX_LINE_LENGTH = 100
+
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+# In code spans: files of the project. Other names (of a run folder, say) begin differently.
+_FILE = re.compile(r"`((?:msdetr|tests|benchmarks|docs|\.ci)/[\w./-]+)`")
+_MODULE = re.compile(r"python -m (benchmarks[\w.]*)")
+
+
+def prose(page: Path) -> list[str]:
+    """Lines of a page outside of code blocks."""
+    blocks = re.split(r"^ *```.*$", page.read_text(), flags=re.MULTILINE)
+    return "\n".join(blocks[::2]).splitlines()
+
+
+def anchors(page: Path) -> set[str]:
+    """Fragments of a page's headings, as GitHub forms them."""
+    headings = [line.lstrip("# ") for line in prose(page) if line.startswith("#")]
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def problems(page: Path) -> list[str]:
+    lines = prose(page)
+    found = [f"long line: {x}" for x in lines if len(x) > MAX_LINE_LENGTH and x[0] != "|"]
+    for link in _LINK.findall("\n".join(lines)):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if "://" in link:
+            continue
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            found.append(f"dead link: {link}")
+    text = page.read_text()
+    # The changelog also names what is gone.
+    if page.name != "CHANGELOG.md":
+        found += [f"missing file: {x}" for x in _FILE.findall(text) if not (ROOT / x).exists()]
+    modules = set(_MODULE.findall(text))
+    return found + [f"no module {x}" for x in modules if importlib.util.find_spec(x) is None]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_paths_and_commands_exist(page: Path) -> None:
+    assert problems(page) == []
+
+
+def test_problems_are_detected(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A title\n[here](#a-title) [there](absent.md) [no](#nowhere)\n"
+        f"{'x' * 101}\n| {'x' * 101}\n```\n{'x' * 101}\n```\n"
+        "`msdetr/absent.py` `msdetr/boxes.py`\npython -m benchmarks.absent\n"
+    )
+    assert problems(page) == [
+        f"long line: {'x' * 101}",
+        "dead link: absent.md",
+        "dead link: #nowhere",
+        "missing file: msdetr/absent.py",
+        "no module benchmarks.absent",
+    ]
