@@ -13,7 +13,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benc
 MAX_LINE_LENGTH = 100
 
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
-# In code spans: files of the project. Other names (of a run folder, say) begin differently.
+# Files of the project in code spans. Files of a run folder begin with other names.
 _FILE = re.compile(r"`((?:msdetr|tests|benchmarks|docs|\.ci)/[\w./-]+)`")
 _MODULE = re.compile(r"python -m (benchmarks[\w.]*)")
 
@@ -30,22 +30,29 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def is_runnable(module: str) -> bool:
+    """Whether `python -m module` can start."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.submodule_search_locations is None:
+        return spec is not None
+    return importlib.util.find_spec(f"{module}.__main__") is not None
+
+
 def problems(page: Path) -> list[str]:
-    lines = prose(page)
-    found = [f"long line: {x}" for x in lines if len(x) > MAX_LINE_LENGTH and x[0] != "|"]
+    """Long lines, dead links, missing files and missing commands of a page."""
+    text, lines = page.read_text(), prose(page)
+    result = [f"long line: {x}" for x in lines if len(x) > MAX_LINE_LENGTH and x[0] != "|"]
     for link in _LINK.findall("\n".join(lines)):
         name, _, anchor = link.partition("#")
         target = page.parent / name if name else page
         if "://" in link:
             continue
         if not target.exists() or (anchor and anchor not in anchors(target)):
-            found.append(f"dead link: {link}")
-    text = page.read_text()
-    # The changelog also names what is gone.
-    if page.name != "CHANGELOG.md":
-        found += [f"missing file: {x}" for x in _FILE.findall(text) if not (ROOT / x).exists()]
-    modules = set(_MODULE.findall(text))
-    return found + [f"no module {x}" for x in modules if importlib.util.find_spec(x) is None]
+            result.append(f"dead link: {link}")
+    if page.name != "CHANGELOG.md":  # The changelog also names removed files.
+        result += [f"missing file: {x}" for x in _FILE.findall(text) if not (ROOT / x).exists()]
+    modules = sorted(set(_MODULE.findall(text)))
+    return result + [f"no command {x}" for x in modules if not is_runnable(x)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -65,5 +72,5 @@ def test_problems_are_detected(tmp_path: Path) -> None:
         "dead link: absent.md",
         "dead link: #nowhere",
         "missing file: msdetr/absent.py",
-        "no module benchmarks.absent",
+        "no command benchmarks.absent",
     ]
