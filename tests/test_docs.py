@@ -15,6 +15,7 @@ MAX_LINE_LENGTH = 100
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 # Files of the project in code spans. Files of a run folder begin with other names.
 _FILE = re.compile(r"`((?:msdetr|tests|benchmarks|docs|\.ci)/[\w./-]+)`")
+_PAGE = re.compile(r"\bdocs/[\w./-]+\.md")
 _MODULE = re.compile(r"python -m (benchmarks[\w.]*)")
 
 
@@ -58,6 +59,17 @@ def problems(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_paths_and_commands_exist(page: Path) -> None:
     assert problems(page) == []
+
+
+@pytest.mark.parametrize("folder", ["msdetr", "benchmarks", "tests"])
+def test_pages_that_code_refers_to_exist(folder: str) -> None:
+    missing = [
+        f"{path.relative_to(ROOT)}: {page}"
+        for path in sorted((ROOT / folder).glob("**/*.py"))
+        for page in _PAGE.findall(path.read_text())
+        if not (ROOT / page).is_file()
+    ]
+    assert missing == []
 
 
 def test_problems_are_detected(tmp_path: Path) -> None:
