@@ -11,7 +11,7 @@ from msdetr.config import ModelConfig
 from msdetr.model.attention import MSDeformAttn, SelfAttention
 from msdetr.model.geometry import level_valid_ratios
 from msdetr.model.heads import DetectionHeads
-from msdetr.model.layers import FeedForward, call_module, refine_boxes
+from msdetr.model.layers import Dropout, FeedForward, call_module, refine_boxes
 from msdetr.model.query_selection import Queries
 from msdetr.structures import FeaturePyramid, Predictions
 
@@ -30,10 +30,10 @@ class DecoderLayer(nn.Module):
         self.cross_attn = MSDeformAttn(
             config.hidden_dim, config.num_levels, config.num_heads, config.num_decoder_points
         )
-        self.cross_attn_dropout = nn.Dropout(config.dropout)
+        self.cross_attn_dropout = Dropout(config.dropout)
         self.cross_attn_norm = nn.LayerNorm(config.hidden_dim)
         self.self_attn = SelfAttention(config.hidden_dim, config.num_heads, config.dropout)
-        self.self_attn_dropout = nn.Dropout(config.dropout)
+        self.self_attn_dropout = Dropout(config.dropout)
         self.self_attn_norm = nn.LayerNorm(config.hidden_dim)
         self.ffn = FeedForward(config.hidden_dim, config.feedforward_dim, config.dropout)
         self.one_to_many_ffn: FeedForward | None = None
