@@ -12,7 +12,7 @@ from msdetr.model.activation_checkpointing import call_module
 from msdetr.model.attention import MSDeformAttn, SelfAttention
 from msdetr.model.geometry import level_valid_ratios, refine_boxes
 from msdetr.model.heads import DetectionHeads, LayerHeads
-from msdetr.model.layers import FeedForward
+from msdetr.model.layers import Dropout, FeedForward
 from msdetr.model.query_selection import Queries
 from msdetr.structures import Branch, FeaturePyramid, Predictions
 
@@ -31,10 +31,10 @@ class DecoderLayer(nn.Module):
         self.cross_attn = MSDeformAttn(
             config.hidden_dim, config.num_levels, config.num_heads, config.num_decoder_points
         )
-        self.cross_attn_dropout = nn.Dropout(config.dropout)
+        self.cross_attn_dropout = Dropout(config.dropout)
         self.cross_attn_norm = nn.LayerNorm(config.hidden_dim)
         self.self_attn = SelfAttention(config.hidden_dim, config.num_heads, config.dropout)
-        self.self_attn_dropout = nn.Dropout(config.dropout)
+        self.self_attn_dropout = Dropout(config.dropout)
         self.self_attn_norm = nn.LayerNorm(config.hidden_dim)
         self.ffn = FeedForward(config.hidden_dim, config.feedforward_dim, config.dropout)
         self.one_to_many_ffn: FeedForward | None = None

@@ -8,7 +8,7 @@ from msdetr.config import ModelConfig
 from msdetr.model.activation_checkpointing import call_module
 from msdetr.model.attention import MSDeformAttn
 from msdetr.model.geometry import cell_centers, level_valid_ratios
-from msdetr.model.layers import FeedForward
+from msdetr.model.layers import Dropout, FeedForward
 from msdetr.structures import FeaturePyramid, SpatialShapes
 
 
@@ -20,7 +20,7 @@ class EncoderLayer(nn.Module):
         self.self_attn = MSDeformAttn(
             config.hidden_dim, config.num_levels, config.num_heads, config.num_encoder_points
         )
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.self_attn_norm = nn.LayerNorm(config.hidden_dim)
         self.ffn = FeedForward(config.hidden_dim, config.feedforward_dim, config.dropout)
 

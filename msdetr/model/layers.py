@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 
@@ -29,6 +30,19 @@ class MLP(nn.Module):
         return output
 
 
+class Dropout(nn.Dropout):
+    """`torch.nn.Dropout` that keeps one byte per element for the backward pass on every device.
+
+    On a CPU, `torch.nn.functional.dropout` keeps a mask in floating point.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Any shape, same shape out."""
+        if not self.training or self.p == 0.0:
+            return input
+        return torch.native_dropout(input, self.p, True)[0]
+
+
 class FeedForward(nn.Module):
     """Residual feed-forward network with its LayerNorm, as in post-norm transformers."""
 
@@ -36,14 +50,15 @@ class FeedForward(nn.Module):
         super().__init__()
         self.linear1 = nn.Linear(hidden_dim, feedforward_dim)
         self.linear2 = nn.Linear(feedforward_dim, hidden_dim)
-        self.activation = nn.Sequential(nn.ReLU(inplace=True), nn.Dropout(dropout))
-        self.dropout = nn.Dropout(dropout)
+        self.activation_dropout = Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(hidden_dim)
         nn.init.xavier_uniform_(self.linear1.weight)
         nn.init.xavier_uniform_(self.linear2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_dim], same shape out."""
-        update = self.linear2(self.activation(self.linear1(x)))
+        # The same as dropout after ReLU, which would keep its input besides.
+        update = self.linear2(self.activation_dropout(self.linear1(x)).relu_())
         output: Tensor = self.norm(x + self.dropout(update))
         return output

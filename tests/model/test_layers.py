@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -27,3 +28,26 @@ def test_feed_forward():
     assert not torch.equal(dropping(x), dropping(x))
     dropping.eval()
     assert torch.equal(dropping(x), dropping(x))
+
+
+def test_dropout_after_the_activation_keeps_one_byte_per_element() -> None:
+    torch.manual_seed(0)
+    layer = FeedForward(8, 4096, dropout=0.25)
+    saved: dict[torch.dtype, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape[-1] == 4096 and tensor.shape[0] == 50:
+            saved[tensor.dtype] = saved.get(tensor.dtype, 0) + 1
+        return tensor
+
+    x = torch.randn(50, 8, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = layer.activation_dropout(layer.linear1(x)).relu_()
+        layer.linear2(hidden).sum().backward()
+    # The mask, and the activations, which are the same tensor for ReLU and `linear2`.
+    assert saved == {torch.bool: 1, torch.float32: 2}
+    plain = layer.linear1(x).relu()
+    kept = hidden != 0
+    assert kept[plain > 0].float().mean().item() == pytest.approx(0.75, abs=0.01)
+    torch.testing.assert_close(hidden[kept], plain[kept] / 0.75)
+    assert layer.eval().activation_dropout(x) is x
