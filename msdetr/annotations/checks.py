@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -55,22 +55,26 @@ def read_annotations(
 
 
 def check_table(table: AnnotationTable) -> list[Finding]:
-    """Warnings and notes about what training copes with, but its owner may not know."""
+    """Warnings and notes: training accepts these, but they may be mistakes in the data."""
     sizes, image_index = table.sizes.numpy(), table.image_index
     findings: list[Finding] = []
+
+    def report(code: str, message: str, index: int, annotation_id: int | None = None) -> None:
+        finding = Finding(
+            code=code,
+            message=message,
+            file_name=table.file_name(index),
+            image_id=int(table.image_ids[index]),
+            annotation_id=annotation_id,
+        )
+        findings.append(finding)
 
     def report_boxes(where: Bools, code: str, problem: str) -> None:
         for row in np.flatnonzero(where):
             height, width = sizes[image_index[row]]
             numbers = ", ".join(f"{number:.10g}" for number in table.boxes[row].tolist())
-            findings.append(
-                Finding(
-                    code=code,
-                    message=f"bbox [{numbers}] in {width} x {height} pixels {problem}",
-                    annotation_id=int(table.annotation_ids[row]),
-                    **_place(table, image_index[row]),
-                )
-            )
+            message = f"bbox [{numbers}] in {width} x {height} pixels {problem}"
+            report(code, message, int(image_index[row]), int(table.annotation_ids[row]))
 
     clipped, is_used = table.clipped_boxes()
     first, extent = np.split(table.boxes.numpy(), 2, axis=1)
@@ -88,18 +92,11 @@ def check_table(table: AnnotationTable) -> list[Finding]:
         earlier = first_index.setdefault(table.file_name(index), index)
         if earlier != index:
             message = f"also the file of image {table.image_ids[earlier]}"
-            finding = Finding(code="duplicate_file_name", message=message, **_place(table, index))
-            findings.append(finding)
+            report("duplicate_file_name", message, index)
         if not has_boxes[index]:
             message = "no box to train on: the image counts as background"
-            finding = Finding(code="image_without_boxes", message=message, **_place(table, index))
-            findings.append(finding)
+            report("image_without_boxes", message, index)
     return findings
-
-
-def _place(table: AnnotationTable, index: int) -> dict[str, Any]:
-    """Fields of a finding that say which image it concerns."""
-    return {"image_id": int(table.image_ids[index]), "file_name": table.file_name(index)}
 
 
 def _category_mismatches(table: AnnotationTable, label_map: LabelMap) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""Findings: what is wrong in a data set, how severe it is, where, and what cures it.
+"""Findings: problems of a data set with severity, place and cure.
 
 Training and the doctor share one list of checks. Training refuses every finding of severity
 `error`. The doctor also reports warnings and notes, and decodes the image files.
@@ -18,7 +18,7 @@ _MAX_SHOWN = 5
 
 
 class Check(NamedTuple):
-    """One thing that is looked for."""
+    """A kind of finding."""
 
     severity: Severity
     cure: str
@@ -52,7 +52,7 @@ CHECKS: dict[str, Check] = {
     "exif_rotated": Check("warning", "check whether the boxes are those of the turned image"),
     "cmyk_image": Check("warning", "convert the image to RGB"),
     "sixteen_bit_image": Check("warning", "convert the image to 8 bits yourself"),
-    # Good to know.
+    # For information.
     "grayscale_image": Check("note", "none needed"),
     "image_without_boxes": Check("note", "none needed if the image shows background only"),
 }
@@ -66,7 +66,7 @@ class Finding:
     code: str
     """Key of `CHECKS`."""
     message: str
-    """What is wrong, with the values."""
+    """Description of the problem, with the values."""
     file_name: str | None = None
     """Image file, as the annotation file names it."""
     image_id: int | None = None
@@ -107,7 +107,7 @@ def refuse_errors(findings: Sequence[tuple[Path, Sequence[Finding]]]) -> None:
 
     Raises:
         ValueError: there are findings of severity `error`. The message shows the first ones of each
-            file, counts the others by code, and says where to see all.
+            file, counts the others by code, and names the command that lists all.
     """
     lines = []
     num_errors = 0
