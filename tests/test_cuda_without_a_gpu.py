@@ -94,8 +94,10 @@ def test_detector_and_criterion(preset: str, dtype: Dtype) -> None:
             answer.one_to_one, images.sizes, max_detections=100, nms_iou_threshold=None
         )
 
-    found = [leaf for leaf in tree_leaves((output, losses, detections)) if isinstance(leaf, Tensor)]
-    assert {tensor.device for tensor in found} == {DEVICE}
+    result = [
+        leaf for leaf in tree_leaves((output, losses, detections)) if isinstance(leaf, Tensor)
+    ]
+    assert {tensor.device for tensor in result} == {DEVICE}
     assert output.one_to_one.logits.dtype == lower
     assert output.one_to_one.boxes.dtype == torch.float32
     assert {x.dtype for x in (losses.total, *losses.terms.values())} == {torch.float32}

@@ -64,7 +64,7 @@ def imported_modules(source: str, module: str, *, is_package: bool) -> Iterator[
 
 def violations(source: str, module: str, *, part: str, is_package: bool = False) -> list[str]:
     """What a module imports of this package, and must not."""
-    found = []
+    actual = []
     for imported in imported_modules(source, module, is_package=is_package):
         target = part_of(imported)
         if imported.split(".")[0] != "msdetr" or target in ("", part):
@@ -76,8 +76,8 @@ def violations(source: str, module: str, *, part: str, is_package: bool = False)
         else:
             allowed = HEIGHT[target] < HEIGHT[part]
         if not allowed:
-            found.append(f"{module} imports {imported}")
-    return found
+            actual.append(f"{module} imports {imported}")
+    return actual
 
 
 def package_files() -> list[Path]:
@@ -96,18 +96,18 @@ def test_every_part_has_a_layer():
 
 
 def test_imports_only_go_down():
-    found = []
+    actual = []
     for file in package_files():
         name = module_name(file)
         is_package = file.name == "__init__.py"
-        found += violations(
+        actual += violations(
             file.read_text(encoding="utf-8"), name, part=part_of(name), is_package=is_package
         )
     scripts = [ROOT / "train.py", ROOT / "evaluate.py", *sorted(ROOT.glob("benchmarks/**/*.py"))]
     for file in scripts:
         part = file.relative_to(ROOT).parts[0]
-        found += violations(file.read_text(encoding="utf-8"), file.stem, part=part)
-    assert not found
+        actual += violations(file.read_text(encoding="utf-8"), file.stem, part=part)
+    assert not actual
 
 
 @pytest.mark.parametrize(

@@ -58,10 +58,10 @@ def test_what_is_a_launch(call, expected):
 def test_operators_of_ours_are_looked_into():
     """The reference of linear assignment copies to the host and back, and does more than that."""
     cost, count = torch.rand(2, 3, 2), torch.tensor([2, 1])
-    found = launches_of(lambda: linear_assignment(cost, count, impl="reference"))
-    assert {"cat", "new_full", "scatter_"} <= found.keys()
-    found = launches_of(lambda: linear_assignment(cost, count, impl="triton"))
-    assert found == ONE_TO_ONE - Counter(matching_cost_kernel=1)
+    result = launches_of(lambda: linear_assignment(cost, count, impl="reference"))
+    assert {"cat", "new_full", "scatter_"} <= result.keys()
+    result = launches_of(lambda: linear_assignment(cost, count, impl="triton"))
+    assert result == ONE_TO_ONE - Counter(matching_cost_kernel=1)
 
 
 def step(counts: tuple[int, ...] = (3, 5)) -> tuple[DetectorOutput, Targets]:
@@ -88,8 +88,8 @@ def test_all_assignments_of_a_step(config, counts):
     expected = ONE_TO_ONE + ONE_TO_ONE + ONE_TO_MANY
     assert expected.total() == 9
     priority = torch.rand(6, 2, 12)
-    found = launches_of(lambda: criterion.assign(output, targets, priority=priority))
-    assert found == expected
+    result = launches_of(lambda: criterion.assign(output, targets, priority=priority))
+    assert result == expected
 
 
 def test_a_priority_that_is_not_given_is_drawn():
@@ -111,5 +111,5 @@ def test_strided_predictions_are_not_copied():
     boxes = scene.boxes.transpose(1, 2).contiguous().transpose(1, 2)
     options = {"k": 3, "threshold": 0.4, "positive_fraction": 0.25, "impl": "triton"}
     priority = torch.rand(2, 12, 2).mT.half()
-    found = launches_of(lambda: one_to_many(logits, boxes, scene.targets, priority[0], **options))
-    assert found == ONE_TO_MANY
+    result = launches_of(lambda: one_to_many(logits, boxes, scene.targets, priority[0], **options))
+    assert result == ONE_TO_MANY

@@ -245,9 +245,9 @@ def check_state(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     for key in sorted(state_dict.keys() - expected.keys()):
         problems.append(f"unexpected: {_both_names(key)}")
     for key in sorted(expected.keys() & state_dict.keys()):
-        found, needed = tuple(state_dict[key].shape), tuple(expected[key].shape)
-        if found != needed:
-            problems.append(f"shape {found} instead of {needed}: {_both_names(key)}")
+        actual, needed = tuple(state_dict[key].shape), tuple(expected[key].shape)
+        if actual != needed:
+            problems.append(f"shape {actual} instead of {needed}: {_both_names(key)}")
     if problems:
         raise ValueError("these weights do not fit the model:\n  " + "\n  ".join(problems))
 

@@ -336,19 +336,21 @@ def test_every_planted_fault_is_found(root, plant, code, is_refused):
     plant(root)
     status, report = root.check()
     assert bool(refused(root, "train")) == is_refused
-    found = [f for f in report["findings"] if f["code"] == code]
-    assert len(found) == 1
-    assert found[0]["severity"] == CHECKS[code].severity
-    assert found[0]["cure"] == CHECKS[code].cure
+    result = [f for f in report["findings"] if f["code"] == code]
+    assert len(result) == 1
+    assert result[0]["severity"] == CHECKS[code].severity
+    assert result[0]["cure"] == CHECKS[code].cure
     assert status == (CHECKS[code].severity == "error")
     assert status == 1 or not is_refused
     # Nothing else is wrong, except that a new image has no boxes and may be turned.
     expected = {code, "image_without_boxes", "exif_rotated"}
     assert {f["code"] for f in report["findings"]} <= expected
     # It says where.
-    place = found[0]["file_name"], found[0]["image_id"], found[0]["annotation_id"]
+    place = result[0]["file_name"], result[0]["image_id"], result[0]["annotation_id"]
     assert (
-        any(place) or "categories" in found[0]["message"] or "not an object" in found[0]["message"]
+        any(place)
+        or "categories" in result[0]["message"]
+        or "not an object" in result[0]["message"]
     )
 
 

@@ -42,12 +42,12 @@ def test_predictions_are_those_of_the_evaluation(
 
     evaluate.main(["--checkpoint", str(weights), "--data.root", str(shapes)])
     results = json.loads((weights.parent / "evaluation" / "results.json").read_text())
-    found = [detection for row in rows for detection in row["detections"]]
-    assert len(found) == len(results) > 0
-    for detection, expected in zip(found, results, strict=True):
+    result = [detection for row in rows for detection in row["detections"]]
+    assert len(result) == len(results) > 0
+    for detection, expected in zip(result, results, strict=True):
         assert detection["score"] == pytest.approx(expected["score"], rel=1e-4)
         assert detection["bbox"] == pytest.approx(expected["bbox"], abs=1e-2)
-    assert {d["name"] for d in found} <= {"red", "green", "blue"}
+    assert {d["name"] for d in result} <= {"red", "green", "blue"}
     with Image.open(tmp_path / rows[0]["drawing"]) as drawing:
         assert drawing.format == "PNG"
 

@@ -33,9 +33,9 @@ def _short_simulations(monkeypatch):
 
 def areas(shapes, chosen):
     """Area of each shape's bucket."""
-    found = [smallest_bucket(chosen, tuple(shape)) for shape in shapes.tolist()]
-    assert None not in found
-    return np.array(found).prod(axis=1)
+    result = [smallest_bucket(chosen, tuple(shape)) for shape in shapes.tolist()]
+    assert None not in result
+    return np.array(result).prod(axis=1)
 
 
 @pytest.mark.parametrize("num_buckets", [1, 2, 5, 16])

@@ -209,8 +209,8 @@ def test_ranks_find_each_other(monkeypatch, tmp_path):
 def fill(cache: ImageCache, rounds: int) -> None:
     for _ in range(rounds):
         for index in range(len(SIZES)):
-            found = cache.load(index, 1)
-            assert found is None or np.array_equal(found, pixels(index))
+            result = cache.load(index, 1)
+            assert result is None or np.array_equal(result, pixels(index))
             cache.store(index, pixels(index), 1)
 
 

@@ -110,9 +110,9 @@ def test_comparison_leaves_out_low_scores(tmp_path: Path) -> None:
 
     color = np.array(box_color(1))
     assert not (pixels(0.49) == color).all(axis=-1).any()
-    found = (pixels(0.51) == color).all(axis=-1)
-    assert found.any()
-    assert not found[:, : found.shape[1] // 2].any()  # predictions are on the right
+    result = (pixels(0.51) == color).all(axis=-1)
+    assert result.any()
+    assert not result[:, : result.shape[1] // 2].any()  # predictions are on the right
 
 
 def test_unsuitable_input_is_refused(tmp_path: Path) -> None:

@@ -76,8 +76,8 @@ def test_padding_does_not_matter(reference_dim):
         alone = cropped(pyramid, image)
         one = slice(image, image + 1)
         reference = boxes[one].expand(-1, -1, 2, -1)
-        found = attention(query[one], reference, alone.tokens, alone.spatial_shapes, None)
-        torch.testing.assert_close(found, output[one])
+        result = attention(query[one], reference, alone.tokens, alone.spatial_shapes, None)
+        torch.testing.assert_close(result, output[one])
 
 
 def test_everything_gets_a_gradient():

@@ -52,24 +52,24 @@ def test_features_and_gradients_are_torchvision_s(dilation, tmp_path):
     load_backbone_weights(backbone, config)
 
     pixels = torch.randn(1, 3, 64, 96)
-    found, expected = backbone(pixels), stages(resnet, pixels)
+    result, expected = backbone(pixels), stages(resnet, pixels)
     strides = (8, 16, 16) if dilation else (8, 16, 32)
-    assert [f.shape for f in found] == [
+    assert [f.shape for f in result] == [
         (1, width, 64 // stride, 96 // stride)
         for width, stride in zip(backbone.channels, strides, strict=True)
     ]
-    for mine, theirs in zip(found, expected, strict=True):
+    for mine, theirs in zip(result, expected, strict=True):
         assert_close(mine, theirs)
 
-    for features in (found, expected):
+    for features in (result, expected):
         sum(feature.square().mean() for feature in features).backward()
     for name in ("layer2.0.downsample.0.weight", "layer3.5.conv2.weight", "layer4.2.conv3.weight"):
         assert_close(backbone.get_parameter(name).grad, resnet.get_parameter(name).grad)
 
 
-def assert_close(found: Tensor, expected: Tensor) -> None:
+def assert_close(result: Tensor, expected: Tensor) -> None:
     """Equal to 1e-5 of the largest value, in float32."""
-    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(result, expected, rtol=0.0, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("name", ["resnet50", "resnet101"])

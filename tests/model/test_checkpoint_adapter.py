@@ -97,10 +97,10 @@ def published_state(case: dict, *, full_size: bool = False) -> dict[str, torch.T
     return state
 
 
-def assert_same_tensors(found, expected):
-    assert found.keys() == expected.keys()
+def assert_same_tensors(result, expected):
+    assert result.keys() == expected.keys()
     for key, tensor in expected.items():
-        assert torch.equal(found[key], tensor), key
+        assert torch.equal(result[key], tensor), key
 
 
 @golden

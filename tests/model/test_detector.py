@@ -90,8 +90,8 @@ def test_variants(config):
     with torch.no_grad():
         evaluated = detector(images)
     assert evaluated.branches.keys() == {"one_to_one"}
-    for found, expected in zip(evaluated.one_to_one, output.one_to_one, strict=True):
-        torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
+    for result, expected in zip(evaluated.one_to_one, output.one_to_one, strict=True):
+        torch.testing.assert_close(result, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backbone", ["convnet", "resnet50"])
@@ -115,8 +115,8 @@ def test_what_lies_in_the_padding_does_not_matter(training, two_stage, size):
         garbage[image, :, :, width:] = 255
     assert not torch.equal(garbage, images.pixels)
     with torch.no_grad():
-        expected, found = detector(images), detector(images._replace(pixels=garbage))
-    for branch, other in zip(expected, found, strict=True):
+        expected, result = detector(images), detector(images._replace(pixels=garbage))
+    for branch, other in zip(expected, result, strict=True):
         if isinstance(branch, tuple):
             assert all(map(torch.equal, branch, other))
 
@@ -149,8 +149,8 @@ def test_images_of_a_batch_are_independent():
         together = detector(images).one_to_one
         for image in range(2):
             alone = detector(ImageBatch(*(field[image : image + 1] for field in images)))
-            for found, expected in zip(alone.one_to_one, together, strict=True):
-                torch.testing.assert_close(found[:, 0], expected[:, image], rtol=1e-4, atol=1e-5)
+            for result, expected in zip(alone.one_to_one, together, strict=True):
+                torch.testing.assert_close(result[:, 0], expected[:, image], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("one_to_many_ffn", [True, False])

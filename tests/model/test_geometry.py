@@ -25,21 +25,21 @@ def test_valid_sizes_are_those_of_resized_masks():
     inside_y = torch.arange(padded[0]) < sizes[:, 0, None]
     inside_x = torch.arange(padded[1]) < sizes[:, 1, None]
     mask = (inside_y[:, :, None] & inside_x[:, None])[:, None].float()
-    found = level_valid_sizes(sizes, padded, SHAPES)
-    assert found.dtype == torch.int64
+    result = level_valid_sizes(sizes, padded, SHAPES)
+    assert result.dtype == torch.int64
     for level, shape in enumerate(SHAPES):
         resized = F.interpolate(mask, size=shape, mode="nearest")[:, 0]
-        assert torch.equal(found[:, level, 0], resized[:, :, 0].sum(1).long())
-        assert torch.equal(found[:, level, 1], resized[:, 0].sum(1).long())
+        assert torch.equal(result[:, level, 0], resized[:, :, 0].sum(1).long())
+        assert torch.equal(result[:, level, 1], resized[:, 0].sum(1).long())
 
 
 def test_valid_sizes_of_odd_levels():
     """Sizes that are no multiple of the stride, as with a padding multiple of 1."""
     sizes = torch.tensor([[50, 75], [49, 33], [1, 1]])
-    found = level_valid_sizes(sizes, (50, 75), ((7, 10), (4, 5), (1, 1)))
-    assert found[0].tolist() == [[7, 10], [4, 5], [1, 1]]
-    assert found[1].tolist() == [[7, 5], [4, 3], [1, 1]]
-    assert found[2].tolist() == [[1, 1]] * 3
+    result = level_valid_sizes(sizes, (50, 75), ((7, 10), (4, 5), (1, 1)))
+    assert result[0].tolist() == [[7, 10], [4, 5], [1, 1]]
+    assert result[1].tolist() == [[7, 5], [4, 3], [1, 1]]
+    assert result[2].tolist() == [[1, 1]] * 3
 
 
 def test_valid_ratios_are_width_then_height():

@@ -43,8 +43,8 @@ class TestAnchors:
         padded = proposal_anchors(SHAPES, torch.tensor(VALID_SIZES))
         shapes = tuple(VALID_SIZES[0])
         alone = proposal_anchors(shapes, torch.tensor(VALID_SIZES[:1]))
-        for found, expected in zip(padded, alone, strict=True):
-            assert torch.equal(crop_tokens(found[:1], SHAPES, shapes), expected)
+        for result, expected in zip(padded, alone, strict=True):
+            assert torch.equal(crop_tokens(result[:1], SHAPES, shapes), expected)
 
     def test_the_very_edge_proposes_nothing(self):
         """Cell centres within 0.01 of the border, on maps of more than 50 cells."""
@@ -103,12 +103,12 @@ class TestProposals:
         pyramid = random_pyramid(SHAPES, VALID_SIZES)
         padding = padding_mask(SHAPES, pyramid.valid_sizes)
         garbage = pyramid.tokens.masked_fill(padding[..., None], float("nan"))
-        expected, found = (
+        expected, result = (
             selection(pyramid._replace(tokens=tokens), heads)
             for tokens in (pyramid.tokens, garbage)
         )
-        assert torch.equal(found.reference, expected.reference)
-        logits = [queries.proposals.predictions.logits for queries in (found, expected)]
+        assert torch.equal(result.reference, expected.reference)
+        logits = [queries.proposals.predictions.logits for queries in (result, expected)]
         assert torch.equal(*logits)
 
     def test_an_image_proposes_the_same_without_its_padding(self):

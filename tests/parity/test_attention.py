@@ -22,11 +22,11 @@ def _shapes(case: GoldenCase) -> tuple[tuple[int, int], ...]:
     return tuple((int(height), int(width)) for height, width in case.arrays["shapes"])
 
 
-def _assert_close(found: torch.Tensor, expected: torch.Tensor, impl: str) -> None:
+def _assert_close(result: torch.Tensor, expected: torch.Tensor, impl: str) -> None:
     scale = 1.0 if impl == "reference" else expected.abs().max().item()
     tolerance = TOLERANCE[impl]
     torch.testing.assert_close(
-        found.double().cpu(), expected, rtol=tolerance, atol=tolerance * scale
+        result.double().cpu(), expected, rtol=tolerance, atol=tolerance * scale
     )
 
 

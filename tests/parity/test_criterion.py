@@ -60,10 +60,10 @@ def test_losses_and_gradients(case: GoldenCase, impl: str, request: pytest.Fixtu
     )
     losses = criterion(output, targets, priority=priority)
 
-    found = published_values(losses.terms)
-    expected = {name: value for name, value in info["losses"].items() if name in found}
+    result = published_values(losses.terms)
+    expected = {name: value for name, value in info["losses"].items() if name in result}
     assert len(expected) == 3 * (2 * len(one_to_one.logits) + 1)
-    assert found == pytest.approx(expected, rel=tolerance)
+    assert result == pytest.approx(expected, rel=tolerance)
     assert losses.total.item() == pytest.approx(info["total"], rel=tolerance)
 
     losses.total.backward()

@@ -47,8 +47,8 @@ def test_one_to_many(case: GoldenCase, impl: str, request: pytest.FixtureRequest
         **options,
     )
     for image in range(len(targets.count)):
-        found = _pairs(pairs.query_index[0, image], pairs.mask[0, image])
-        assert found == case.arrays[f"pairs{image}"].tolist()
+        result = _pairs(pairs.query_index[0, image], pairs.mask[0, image])
+        assert result == case.arrays[f"pairs{image}"].tolist()
         cost = case.tensor(f"cost{image}")
         for target, place in pairs.mask[0, image].nonzero().tolist():
             query = pairs.query_index[0, image, target, place].cpu()
@@ -89,6 +89,6 @@ def test_one_to_one(case: GoldenCase, impl: str, request: pytest.FixtureRequest)
     )
     query_index, mask = linear_assignment(cost[0], targets.count, impl=impl)
     for image in range(len(targets.count)):
-        found = _pairs(query_index[image, :, None], mask[image, :, None])
+        result = _pairs(query_index[image, :, None], mask[image, :, None])
         published = sorted(case.arrays[f"pairs{image}"].tolist(), key=lambda pair: pair[::-1])
-        assert found == published
+        assert result == published

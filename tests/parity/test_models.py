@@ -71,9 +71,9 @@ def _run(case: GoldenCase) -> Step:
     return Step(config, model, output, losses, gradients)
 
 
-def _assert_close(found: Tensor, expected: Tensor, what: str) -> None:
+def _assert_close(result: Tensor, expected: Tensor, what: str) -> None:
     torch.testing.assert_close(
-        found,
+        result,
         expected,
         rtol=RELATIVE,
         atol=RELATIVE * expected.abs().max().item(),
@@ -93,8 +93,8 @@ def test_outputs(case: GoldenCase, step: Step) -> None:
         for layer in range(layers):
             name = prefix if layer == layers - 1 else f"{prefix}aux{layer}."
             for field in Predictions._fields:
-                found = getattr(predictions, field)[layer]
-                _assert_close(found, case.tensor(f"{name}pred_{field}"), f"{name}{field}")
+                result = getattr(predictions, field)[layer]
+                _assert_close(result, case.tensor(f"{name}pred_{field}"), f"{name}{field}")
     assert ("enc.pred_logits" in case.arrays) == ("encoder" in output)
     if "encoder" in output:
         (logits, boxes), anchors = output["encoder"]
@@ -123,30 +123,30 @@ def test_evaluation_mode(case: GoldenCase, step: Step) -> None:
         kept = len(case.arrays[f"post{image}.scores"])
         assert not detections.scores[image, kept:].any()
         for field in ("scores", "boxes"):
-            found = getattr(detections, field)[image, :kept]
-            _assert_close(found, case.tensor(f"post{image}.{field}"), field)
-        found = detections.labels[image, :kept]
-        assert torch.equal(found, case.tensor(f"post{image}.labels"))
+            result = getattr(detections, field)[image, :kept]
+            _assert_close(result, case.tensor(f"post{image}.{field}"), field)
+        result = detections.labels[image, :kept]
+        assert torch.equal(result, case.tensor(f"post{image}.labels"))
 
 
 @MODELS
 def test_losses(case: GoldenCase, step: Step) -> None:
-    found = published_values(step.losses.terms)
+    result = published_values(step.losses.terms)
     expected = {
         name: value
         for name, value in case.info["losses"].items()
         if not name.startswith(("class_error", "cardinality_error"))
     }
-    assert found == pytest.approx(expected, rel=RELATIVE)
+    assert result == pytest.approx(expected, rel=RELATIVE)
     assert step.losses.total.item() == pytest.approx(case.info["total"], rel=RELATIVE)
 
 
 @MODELS
 def test_gradient_norms(case: GoldenCase, step: Step) -> None:
-    found = {published_name(name): grad.norm().item() for name, grad in step.gradients.items()}
+    result = {published_name(name): grad.norm().item() for name, grad in step.gradients.items()}
     expected = {name: norm for name, norm in case.info["grad_norms"].items() if norm is not None}
     scale = max(expected.values())
-    assert found == pytest.approx(expected, rel=RELATIVE, abs=1e-9 * scale)
+    assert result == pytest.approx(expected, rel=RELATIVE, abs=1e-9 * scale)
 
 
 @MODELS
@@ -161,7 +161,7 @@ def test_clipped_step(case: GoldenCase, step: Step) -> None:
     build_optimizer(step.model, step.config.optimizer).step()
     assert norm.item() == pytest.approx(case.info["clip_total_norm"], rel=RELATIVE)
 
-    found = {
+    result = {
         published_name(name): (value.detach() - before[name]).norm().item()
         for name, value in step.model.named_parameters()
         if value.requires_grad
@@ -172,4 +172,4 @@ def test_clipped_step(case: GoldenCase, step: Step) -> None:
             if name in gradients:
                 value.grad.copy_(gradients[name])
     expected = {name: norm for name, norm in case.info["update_norms"].items() if norm is not None}
-    assert found == pytest.approx(expected, rel=RELATIVE)
+    assert result == pytest.approx(expected, rel=RELATIVE)

@@ -108,9 +108,9 @@ def test_missing_branches_have_no_terms():
         name for name in terms if name.startswith("encoder")
     }
     one = without(some, "one_to_many")
-    found = losses_of(one, targets).terms
-    assert list(found) == ["one_to_one/class", "one_to_one/bbox", "one_to_one/giou"]
-    assert all(torch.equal(found[name], terms[name]) for name in found)
+    actual = losses_of(one, targets).terms
+    assert list(actual) == ["one_to_one/class", "one_to_one/bbox", "one_to_one/giou"]
+    assert all(torch.equal(actual[name], terms[name]) for name in actual)
 
 
 def weight_name(branch: str, term: str) -> str:
@@ -273,8 +273,8 @@ class TestEncoder:
     def test_targets_have_one_class(self):
         output, targets = random_output()
         other = targets._replace(labels=(targets.labels + 1) % CLASSES)
-        found, expected = self.terms(output, other), self.terms(output, targets)
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        actual, expected = self.terms(output, other), self.terms(output, targets)
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
     def test_anchors_decide_the_match_by_default(self):
         output, targets = random_output()
@@ -399,9 +399,9 @@ def test_compiles_in_one_graph(request, impl, indices_merge, counts):
     compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)
     priority = torch.rand(LAYERS, len(counts), QUERIES)
     expected, other = criterion(output, targets, priority=priority), copied(output)
-    found = compiled(other, targets, priority=priority)
-    torch.testing.assert_close(found.total, expected.total)
+    actual = compiled(other, targets, priority=priority)
+    torch.testing.assert_close(actual.total, expected.total)
     expected.total.backward()
-    found.total.backward()
+    actual.total.backward()
     for mine, truth in zip(leaves(other), leaves(output), strict=True):
         torch.testing.assert_close(mine.grad, truth.grad)

@@ -42,9 +42,9 @@ class TestBoxLosses:
             l1[layer] += (pair[0] - pair[1]).abs().sum()
             corners = torchvision.ops.box_convert(pair, "cxcywh", "xyxy")
             giou[layer] += 1 - torchvision.ops.generalized_box_iou(corners[:1], corners[1:]).item()
-        found = box_losses(scene.boxes, scene.targets, assignment)
-        torch.testing.assert_close(found[0], l1)
-        torch.testing.assert_close(found[1], giou)
+        result = box_losses(scene.boxes, scene.targets, assignment)
+        torch.testing.assert_close(result[0], l1)
+        torch.testing.assert_close(result[1], giou)
 
     def test_gradient(self):
         scene = random_scene((2, 3), layers=1, queries=4, dtype=torch.float64)

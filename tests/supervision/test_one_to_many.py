@@ -152,12 +152,12 @@ def test_merging_gives_each_query_one_target():
             refused += len(expected.keys() & many.keys())
             expected |= many
 
-            found = [
+            result = [
                 (merged.query_index[layer, image, target, place].item(), target)
                 for target, place in merged.mask[layer, image].nonzero().tolist()
             ]
-            assert len(found) == len(expected)
-            assert dict(found) == expected
+            assert len(result) == len(expected)
+            assert dict(result) == expected
             classes = torch.full((16,), -1)
             for query, target in expected.items():
                 classes[query] = scene.targets.labels[image, target]
