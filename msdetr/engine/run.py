@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.json"
 COMPILED_IMAGE_BUCKETS = 16
 """Padded shapes of a compiled run that does not say: each takes time to compile, and more of them
-save padding (`benchmarks.image_buckets`)."""
+save padding (`benchmarks.loader buckets`)."""
 
 
 def build_trainer(config: RunConfig, worker: Worker) -> Trainer:

@@ -1,6 +1,6 @@
 """How the deformable attention kernels are launched: a table per architecture, else a rule.
 
-The table (`ms_deform_attn_configs.json`) holds what `python -m benchmarks.tune_ms_deform_attn`
+The table (`ms_deform_attn_configs.json`) holds what `python -m benchmarks.attention tune`
 measured; an empty configuration of windows says that they are slower there than none. For a case
 that it lacks, the rule picks tiles by their generated code: 16 bytes per load, as many queries per
 warp as registers allow.

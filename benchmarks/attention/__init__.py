@@ -1,0 +1,1 @@
+"""Deformable attention and its kernels: durations, tuning, plots, memory rates."""
