@@ -1,4 +1,4 @@
-"""The benchmark of deformable attention, at sizes that take a second."""
+"""The benchmark of deformable attention: its checks of results, its inputs, and its timers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.attention import measure as bench
 from benchmarks import device_time
+from benchmarks.attention import measure as bench
+from benchmarks.attention.cases import (
+    DTYPES,
+    SHAPES,
+    Case,
+    Shape,
+    attention_weights,
+    compulsory_bytes,
+    count_touched_rows,
+    make_inputs,
+    sampling_locations,
+)
+from benchmarks.attention.implementations import IMPLEMENTATIONS, OURS, external_op
 from benchmarks.attention.measure import (
     PASSES,
     TOLERANCES,
@@ -22,68 +34,25 @@ from benchmarks.attention.measure import (
     plan,
     relative_errors,
 )
-from benchmarks.device_time import Timing, percentiles_us, sums_of_equal_parts, time_calls
-from benchmarks.attention.cases import (
-    DTYPES,
-    SHAPES,
-    Case,
-    Shape,
-    attention_weights,
-    compulsory_bytes,
-    count_touched_rows,
-    initial_offsets,
-    make_inputs,
-    sampling_locations,
-)
-from benchmarks.attention.implementations import IMPLEMENTATIONS, OURS, external_op
-from benchmarks.attention.plot import draw, read_durations
-from benchmarks.attention.plot import main as plot
+from benchmarks.attention.plot import draw
+from benchmarks.device_time import Timing, percentiles_us, sums_of_equal_chunks, time_calls
 from msdetr.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else CPU
-ROW_FIELDS = {
-    "benchmark": str,
-    "implementation": str,
-    "implementation_version": (str, type(None)),
-    "pass": str,
-    "shape": str,
-    "batch": int,
-    "queries": int,
-    "dtype": str,
-    "spread": float,
-    "output_error": float,
-    "value_error": float,
-    "projection_error": float,
-    "p20_us": float,
-    "p50_us": float,
-    "p80_us": float,
-    "gigabytes_per_second": float,
-    "roofline_share": float,
-    "copy_gigabytes_per_second": float,
-    "compulsory_mb": float,
-    "peak_memory_mb": type(None),
-    "host_us": type(None),
-    "timer": str,
-    "status": str,
-    "device": str,
-    "torch": str,
-    "triton": (str, type(None)),
-    "commit": str,
-    "threads": int,
-}
 TINY = ["--shapes", "tiny", "--batches", "2", "--spreads", "1", "--repetitions", "3"]
+TINY += ["--implementations", "reference", "--device", "cpu"]
 NUMBERS = itertools.count()
 """Of modules: a name is imported once."""
 
 
-def tiny_case(shape: str = "tiny", dtype: torch.dtype = torch.float32, spread: float = 1.0) -> Case:
-    return Case(shape, SHAPES[shape], 2, dtype, spread)
+def tiny_case(shape: str = "tiny", dtype: torch.dtype = torch.float32) -> Case:
+    return Case(shape, SHAPES[shape], 2, dtype, 1.0)
 
 
 @pytest.fixture
 def write_op(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """Makes an op from the expression that it returns; its path."""
+    """Writes an op that returns an expression; its path."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def write(expression: str) -> str:
@@ -97,32 +66,22 @@ def write_op(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
     return write
 
 
-def test_reference_writes_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reference_writes_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "new" / "rows.json"
-    arguments = ["--implementations", "reference", "--dtypes", "float32", "--device", "cpu"]
-    assert main([*TINY, *arguments, "--output", str(path)]) == 0
-
+    assert main([*TINY, "--dtypes", "float32", "--output", str(path)]) == 0
     rows = json.loads(path.read_text())
     assert [row["pass"] for row in rows] == list(PASSES)
     for row in rows:
-        assert row.keys() == ROW_FIELDS.keys()
-        for name, kind in ROW_FIELDS.items():
-            assert isinstance(row[name], kind), name
-        assert (row["shape"], row["batch"], row["queries"], row["dtype"], row["spread"]) == (
-            "tiny",
-            2,
-            16,
-            "float32",
-            1.0,
-        )
-        assert (row["status"], row["timer"]) == ("ok", "wall")
-        assert 0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"]
+        assert (row["status"], row["timer"], row["queries"]) == ("ok", "wall", 16)
         gigabytes = row["compulsory_mb"] * 2**20 / 1e9
         assert row["gigabytes_per_second"] == pytest.approx(gigabytes / (row["p50_us"] / 1e6))
         assert row["roofline_share"] == pytest.approx(
             row["gigabytes_per_second"] / row["copy_gigabytes_per_second"]
         )
-    assert "roofline_share" in capsys.readouterr().out
+    # An error of ours is an error of the run.
+    monkeypatch.setattr(bench, "OURS", ("reference",))
+    monkeypatch.setitem(TOLERANCES, torch.float32, 0.0)
+    assert main([*TINY, "--dtypes", "float32"]) == 1
 
 
 @pytest.mark.parametrize("shape", ["tiny", "tiny-decoder"])
@@ -138,52 +97,34 @@ def test_kernels_are_right_and_timed(name: str, shape: str) -> None:
         implementations=(name,),
     )
     (rows,) = measure(options, timer=lambda calls: Timing("none", [1.0, 2.0, 3.0]))
-    assert [row["status"] for row in rows] == ["ok"] * 3
-    assert [row["p50_us"] for row in rows] == [2e6] * 3
-
-
-def test_right_op_by_path_passes(write_op: Callable[[str], str]) -> None:
-    path = write_op("op(value, shapes, locations, weights)")
-    options = Options(
-        shapes=("tiny",),
-        batches=(1,),
-        spreads=(0.0,),
-        implementations=("reference",),
-        ops=(path,),
-        repetitions=2,
-        device="cpu",
-    )
-    rows = [row for new in measure(options) for row in new if row["implementation"] == path]
-    assert [row["status"] for row in rows] == ["ok"] * 9
+    assert [(row["status"], row["p50_us"]) for row in rows] == [("ok", 2e6)] * 3
 
 
 @pytest.mark.parametrize(
     ("expression", "status"),
     [
+        ("op(value, shapes, locations, weights)", "ok"),
         ("op(value, shapes, locations, weights) * 1.1", "wrong: output is off by 1.0e-01"),
         ("op(value.detach(), shapes, locations, weights)", "failed: RuntimeError"),
         ("op(value, shapes, locations, weights) * float('nan')", "wrong: output is off by nan"),
         ("op(value, shapes, locations, weights)[:, 1:]", "failed: "),
-        ("op(value, shapes, locations.detach(), weights)", "failed: RuntimeError"),
         ("1 / 0", "failed: ZeroDivisionError: division by zero"),
     ],
 )
-def test_wrong_op_is_reported_and_not_timed(
+def test_a_wrong_op_is_reported_and_not_timed(
     expression: str, status: str, write_op: Callable[[str], str], tmp_path: Path
 ) -> None:
     path, output = write_op(expression), tmp_path / "rows.json"
-    arguments = [*TINY, "--dtypes", "bfloat16", "--implementations", "reference", "--device", "cpu"]
-    assert main([*arguments, "--ops", path, "--output", str(output)]) == 0
-
+    assert main([*TINY, "--dtypes", "bfloat16", "--ops", path, "--output", str(output)]) == 0
     assert "NaN" not in output.read_text()
     rows = [row for row in json.loads(output.read_text()) if row["implementation"] == path]
-    (row,) = rows
-    assert row["status"].startswith(status)
-    assert row.keys() == ROW_FIELDS.keys()
-    assert row["p50_us"] is row["roofline_share"] is row["host_us"] is None
+    assert len(rows) == (3 if status == "ok" else 1)
+    for row in rows:
+        assert row["status"].startswith(status)
+        assert (row["p50_us"] is None) == (status != "ok")
 
 
-def test_wrong_gradient_is_found(write_op: Callable[[str], str]) -> None:
+def test_a_wrong_gradient_is_found(write_op: Callable[[str], str]) -> None:
     doubled = "op(2 * value - value.detach(), shapes, locations, weights)"
     implementation = external_op(write_op(doubled))
     errors = relative_errors(tiny_case(), implementation, implementation.build(), CPU)
@@ -202,32 +143,16 @@ def test_coordinates_of_few_bits_are_wrong(
     assert errors["output"] > TOLERANCES[dtype]
 
 
-def test_failure_of_ours_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "OURS", ("reference",))
-    arguments = [*TINY, "--dtypes", "float32", "--implementations", "reference", "--device", "cpu"]
-    assert main(arguments) == 0
-    monkeypatch.setitem(TOLERANCES, torch.float32, 0.0)
-    assert main(arguments) == 1
-
-
-def test_most_interesting_comes_first() -> None:
-    options = Options()
+def test_the_most_interesting_comes_first_and_the_budget_ends_the_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     names = ("msdetr-fused", "deformops", "reference", "msdetr", "transformers")
-    pairs = plan(options, [IMPLEMENTATIONS[name] for name in names])
-    assert len(pairs) == 3 * 2 * 3 * 4 * 5
-    assert len(set(pairs)) == len(pairs)
+    pairs = plan(Options(), [IMPLEMENTATIONS[name] for name in names])
+    assert len(set(pairs)) == len(pairs) == 3 * 2 * 3 * 4 * 5
     first = pairs[: 3 * 2 * 3]
     assert {implementation.name for _, implementation in first} == set(names[:3])
     assert {(case.dtype, case.spread) for case, _ in first} == {(torch.bfloat16, 0.0)}
-    assert [(case.shape_name, case.batch) for case, _ in first[::3]] == [
-        (shape, batch) for shape in options.shapes for batch in (2, 8)
-    ]
-    last_case, last = pairs[-1]
-    assert last.name == "transformers"
-    assert last_case.dtype == torch.float16
 
-
-def test_time_budget_ends_in_good_order(capsys: pytest.CaptureFixture[str]) -> None:
     options = Options(
         shapes=("tiny",),
         batches=(1,),
@@ -237,9 +162,7 @@ def test_time_budget_ends_in_good_order(capsys: pytest.CaptureFixture[str]) -> N
         device="cpu",
     )
     times = iter([0.0, 0.0, 10.0, 10.5])
-    rows = list(
-        measure(options, timer=lambda calls: Timing("none", [1.0]), clock=lambda: next(times))
-    )
+    rows = measure(options, timer=lambda calls: Timing("none", [1.0]), clock=lambda: next(times))
     assert [new[0]["dtype"] for new in rows] == ["bfloat16", "float32"]
     assert "1 of 3 left out" in capsys.readouterr().out
 
@@ -248,14 +171,9 @@ def test_time_budget_ends_in_good_order(capsys: pytest.CaptureFixture[str]) -> N
     ("arguments", "reason"),
     [
         (["--shapes", "huge"], "known are encoder"),
-        (["--implementations", "cudnn"], "known are msdetr-fused"),
         (["--implementations", "deformops", "--device", "cpu"], "deformops cannot run here"),
-        (["--ops", "no_such_module"], "must be module:function"),
         (["--ops", "no_such_module:op", "--device", "cpu"], "No module named"),
-        (["--ops", "torch:no_such_op", "--device", "cpu"], "no attribute"),
-        (["--batches", "0"], "batches must be at least 1"),
-        (["--repetitions", "1"], "repetitions must be at least 2"),
-        (["--spreads", "-1.0"], "spreads must not be negative"),
+        (["--spreads", "-1.0"], "spreads must be at least 0"),
     ],
 )
 def test_wrong_options_are_refused(
@@ -264,13 +182,12 @@ def test_wrong_options_are_refused(
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 2
-    error = capsys.readouterr().err.replace("│", " ")
-    assert reason in " ".join(error.split())
+    assert reason in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("shape", ["tiny", "tiny-decoder"])
-def test_inputs_mean_the_same_to_both_ops(shape: str, dtype: torch.dtype) -> None:
+def test_inputs_are_the_same_for_both_ops(shape: str, dtype: torch.dtype) -> None:
     inputs = make_inputs(tiny_case(shape, dtype), CPU)
     value = inputs.value.double()
     fused = ms_deform_attn_fused(
@@ -282,45 +199,19 @@ def test_inputs_mean_the_same_to_both_ops(shape: str, dtype: torch.dtype) -> Non
     torch.testing.assert_close(standard, fused, rtol=1e-4, atol=1e-4)
 
 
-def test_inputs_are_a_function_of_the_seed() -> None:
-    first, again = (make_inputs(tiny_case(), CPU, seed=3) for _ in range(2))
-    other = make_inputs(tiny_case(), CPU, seed=4)
-    for name in ("value", "projection", "grad_output"):
-        assert torch.equal(getattr(first, name), getattr(again, name))
-        assert not torch.equal(getattr(first, name), getattr(other, name))
-    assert torch.equal(first.projection, torch.cat((first.offsets, first.logits), dim=-1))
-
-
-def test_encoder_samples_around_its_pixels() -> None:
-    shape = Shape(((6, 9), (3, 5)), None, ((6, 9),))
-    inputs = make_inputs(Case("encoder", shape, 1, torch.float32, 0.0), CPU)
-    # At its own level a query lies on a pixel, and its samples where a new model puts them.
-    locations = sampling_locations(inputs)[0]  # [Q, M, L, P, 2]
-    own = [(locations[:54], 0, 9, 6), (locations[54:], 1, 5, 3)]
-    expected = initial_offsets(shape)
-    for found, level, width, height in own:
-        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        pixels = torch.stack((x, y), dim=-1).view(-1, 1, 1, 2)
-        position = found[:, :, level] * torch.tensor([width, height]) - 0.5
-        jitter = position - pixels - expected[:, level]
-        assert jitter.min() > 1 / 16 - 1e-4
-        assert jitter.max() < 3 / 16 + 1 / 8 + 1e-4
-
-
-@pytest.mark.parametrize("spread", [0.0, 2.0])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_samples_keep_off_pixel_centers(dtype: torch.dtype, spread: float) -> None:
+def test_samples_avoid_pixel_centers(dtype: torch.dtype) -> None:
     shape = Shape(((20, 30), (10, 15), (5, 8)), None, ((20, 30),))
-    inputs = make_inputs(Case("encoder", shape, 2, dtype, spread), CPU)
+    inputs = make_inputs(Case("encoder", shape, 2, dtype, 2.0), CPU)
     position = sampling_locations(inputs).double() * inputs.table.sizes[:, None] - 0.5
     distance = (position - position.round()).abs()
-    # As drawn, a few per cent of bfloat16 offsets meet centres.
+    # A few per cent of the drawn bfloat16 offsets hit centres.
     assert (distance < 1 / 128).double().mean() < 1e-4
 
 
 @pytest.mark.parametrize("queries", [None, 2])
 def test_touched_rows_are_those_with_a_gradient(queries: int | None) -> None:
-    # With two queries, most rows are untouched, beside the borders too.
+    # With two queries, most rows are untouched, also next to the borders.
     shape = Shape(((6, 9), (3, 5)), queries, ((6, 9),), num_heads=2, head_dim=1)
     for seed in range(8):
         inputs = make_inputs(Case("any", shape, 2, torch.float32, 2.0), CPU, seed=seed)
@@ -347,86 +238,57 @@ def test_compulsory_bytes() -> None:
 
 
 def test_peers_agree_where_installed() -> None:
-    run = []
-    for name, build in (("deformops", "deformops"), ("transformers", "transformers")):
-        implementation = IMPLEMENTATIONS[name]
-        if implementation.unavailable(DEVICE) is None:
-            errors = relative_errors(tiny_case(), implementation, implementation.build(), DEVICE)
-            assert max(errors.values()) < TOLERANCES[torch.float32]
-            run.append(build)
-    if not run:
+    available = [
+        IMPLEMENTATIONS[name]
+        for name in ("deformops", "transformers")
+        if IMPLEMENTATIONS[name].unavailable(DEVICE) is None
+    ]
+    for peer in available:
+        errors = relative_errors(tiny_case(), peer, peer.build(), DEVICE)
+        assert max(errors.values()) < TOLERANCES[torch.float32]
+    if not available:
         pytest.skip("neither deformops nor transformers can run here")
 
 
-def test_wall_timer_takes_turns() -> None:
-    seen: list[int] = []
-    timing = time_calls([lambda: seen.append(0), lambda: seen.append(1)], CPU, repetitions=5)
-    assert timing.timer == "wall"
-    assert len(timing.seconds) == 5
-    assert seen == [0, 1, 0, 1, 0, 1, 0]
-
-
-def test_percentiles() -> None:
-    found = percentiles_us([3e-6, 1e-6, 2e-6, 5e-6, 4e-6, 6e-6])
-    assert found == pytest.approx({"p20_us": 2.0, "p50_us": 3.5, "p80_us": 5.0})
-
-
-def test_device_events_are_cut_into_calls() -> None:
-    assert sums_of_equal_parts([1.0, 2.0, 3.0, 4.0], 2) == [3.0, 7.0]
-    for events in ([1.0, 2.0, 3.0], []):
-        with pytest.raises(ValueError, match="do not make 2 equal calls"):
-            sums_of_equal_parts(events, 2)
-
-
-def plotted_rows() -> list[dict[str, object]]:
-    common = {"benchmark": "ms_deform_attn", "shape": "encoder", "dtype": "bfloat16"}
-    return [
-        {
-            **common,
-            "device": "some GPU",
-            "implementation": name,
-            "pass": direction,
-            "batch": batch,
-            "spread": spread,
-            "p50_us": None if name == "wrong" else 100.0 * batch + spread,
-        }
-        for name in ("ours", "theirs", "wrong")
+def test_rows_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [
+        {"shape": "encoder", "dtype": "bfloat16", "device": "some GPU", "implementation": name}
+        | {"pass": direction, "batch": batch, "spread": spread, "p50_us": 100.0 * batch + spread}
+        for name in ("ours", "theirs")
         for direction in PASSES
         for batch, spread in ((2, 0.0), (2, 4.0), (8, 0.0))
         if (name, batch) != ("theirs", 8)
     ]
-
-
-def test_rows_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps(plotted_rows()))
-    assert plot([str(path), "--output", str(tmp_path / "plots")]) == 0
-    written = sorted(file.name for file in (tmp_path / "plots").iterdir())
-    assert written == [
+    assert {path.name for path in draw(rows, tmp_path)} == {
         "bars_encoder_bfloat16_spread0.png",
         "bars_encoder_bfloat16_spread4.png",
         "spread_encoder_bfloat16_batch2.png",
-    ]
-    assert all(name in capsys.readouterr().out for name in written[:1])
-    for file in (tmp_path / "plots").iterdir():
-        assert file.read_bytes().startswith(b"\x89PNG")
+    }
 
 
-def test_plot_without_matplotlib_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(ValueError, match=r"pip install 'msdetr\[plot\]'"):
-        draw(plotted_rows(), tmp_path)
+def test_percentiles_and_chunks() -> None:
+    percentiles = percentiles_us([3e-6, 1e-6, 2e-6, 5e-6, 4e-6, 6e-6])
+    assert percentiles == pytest.approx({"p20_us": 2.0, "p50_us": 3.5, "p80_us": 5.0})
+    assert sums_of_equal_chunks([1.0, 2.0, 3.0, 4.0], 2) == [3.0, 7.0]
+    with pytest.raises(ValueError, match="do not make 2 equal calls"):
+        sums_of_equal_chunks([1.0, 2.0, 3.0], 2)
 
 
-@pytest.mark.parametrize("text", ["[]", "not JSON", json.dumps([{"benchmark": "train_step"}])])
-def test_files_without_durations_are_refused(text: str, tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"rows\.json"):
-        read_durations(path)
+def test_a_call_that_waits_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch does not recover from a capture that fails."""
+    modes = ["default"]
+
+    def reads_the_device() -> None:
+        if modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(device_time, "_capture", lambda *_, **__: pytest.fail("it was captured"))
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        device_time.graph_seconds([reads_the_device], replays=2)
+    assert modes == ["default", "error", "default"]
 
 
 def copies(num: int, megabytes: int = 64) -> list[Callable[[], Tensor]]:
@@ -452,38 +314,17 @@ def test_gpu_timers_agree() -> None:
     assert 2 * 64 * 2**20 / (graph / 1e6) == pytest.approx(bandwidth, rel=0.6)
 
 
-def test_what_waits_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch does not recover from a capture that fails."""
-    modes = ["default"]
-
-    def reads_the_device() -> None:
-        if modes[-1] == "error":
-            raise RuntimeError("called a synchronizing CUDA operation")
-
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(device_time, "_capture", lambda *_, **__: pytest.fail("it was captured"))
-    with pytest.raises(RuntimeError, match="synchronizing"):
-        device_time.graph_seconds([reads_the_device], replays=2)
-    assert modes == ["default", "error", "default"]
-
-
 @pytest.mark.gpu
-def test_what_cannot_be_captured_is_profiled() -> None:
+def test_a_call_that_cannot_be_captured_is_profiled() -> None:
     x = torch.ones(1000, device=DEVICE)
     with device_time.work_on(DEVICE):
-        timing = time_calls([lambda: x.sum().item()], DEVICE)
-        assert timing.timer == "profiler"
-        # And the device still works, still draws, and still captures.
+        assert time_calls([lambda: x.sum().item()], DEVICE).timer == "profiler"
+        # Afterwards the device still works, draws, and captures.
         assert torch.rand(10, device=DEVICE).isfinite().all()
         assert time_calls([lambda: x.sum()], DEVICE).timer == "graph"
-
-
-@pytest.mark.gpu
-def test_peak_is_above_what_was_there() -> None:
     held = torch.ones(2**22, device=DEVICE)
-    found = device_time.peak_bytes(lambda: (held + 1) * 2, DEVICE)
-    assert found == pytest.approx(2 * held.numel() * 4, rel=0.01)
+    peak = device_time.peak_bytes(lambda: (held + 1) * 2, DEVICE)
+    assert peak == pytest.approx(2 * held.numel() * 4, rel=0.01)
 
 
 @pytest.mark.gpu
@@ -499,7 +340,6 @@ def test_benchmark_on_a_gpu() -> None:
     rows = [row for new in measure(options) for row in new]
     assert len(rows) == 2 * 3 * 3
     for row in rows:
-        assert row["status"] == "ok", row
-        assert row["timer"] == "graph"
+        assert (row["status"], row["timer"]) == ("ok", "graph"), row
         assert row["host_us"] > 0
         assert row["peak_memory_mb"] > 0

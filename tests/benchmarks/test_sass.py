@@ -1,13 +1,14 @@
-"""What is read out of machine code, and into the fields of a row."""
+"""Parsing of machine code, and the fields of a row."""
 
 from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.codegen.fields import measured_fields, ptx_atomics
+from benchmarks.codegen.fields import measured_fields, warps_per_sm
 from benchmarks.codegen.compiler import Code
 from benchmarks.codegen.point_loops import POINT_LOOPS, find_loops, inner_loop
 from benchmarks.codegen.sass import (
@@ -21,7 +22,7 @@ from benchmarks.codegen.sass import (
     parse_sass,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 SOURCE = """\
 def _add_sample(rows):
@@ -102,8 +103,8 @@ def test_lines_behind_a_function_are_its_own(tmp_path: Path) -> None:
     path.write_text(
         "import triton\n\n\n@jit\ndef a():\n    load()\n\n\n@jit\ndef b():\n    load()\n"
     )
-    found = [function_at(str(path), line) for line in range(1, 13)]
-    assert found == [None] * 4 + ["a"] * 5 + ["b"] * 3
+    functions = [function_at(str(path), line) for line in range(1, 13)]
+    assert functions == [None] * 4 + ["a"] * 5 + ["b"] * 3
     assert function_at(str(tmp_path / "gone.py"), 1) is None
 
 
@@ -141,20 +142,10 @@ def test_a_loop_that_is_not_there_is_an_error(sass: str) -> None:
         inner_loop([Instruction("LDG.E", "_add_sample")] * 8, "_add_sample", 4)
 
 
-@pytest.mark.parametrize(
-    ("opcode", "bits"),
-    [
-        ("LDG.E", 32),
-        ("LDG.E.U8", 8),
-        ("LDG.E.S16", 16),
-        ("LDG.E.64.CONSTANT", 64),
-        ("LDG.E.LTC128B", 32),
-        ("STG.E.128", 128),
-        ("LDG.E.ENL2.256", 256),
-    ],
-)
-def test_access_width(opcode: str, bits: int) -> None:
-    assert access_width(opcode) == bits
+def test_access_width() -> None:
+    widths = {"LDG.E": 32, "LDG.E.U8": 8, "LDG.E.S16": 16, "LDG.E.64.CONSTANT": 64}
+    widths |= {"LDG.E.LTC128B": 32, "STG.E.128": 128, "LDG.E.ENL2.256": 256}
+    assert {opcode: access_width(opcode) for opcode in widths} == widths
 
 
 def test_spills_are_stack_and_local_memory() -> None:
@@ -163,13 +154,6 @@ def test_spills_are_stack_and_local_memory() -> None:
     assert parse_resources(usage.format(255, 40, 8)) == Resources(255, 48)
     with pytest.raises(ValueError, match="no resource usage"):
         parse_resources("cuobjdump fatal")
-
-
-def test_atomics_of_ptx() -> None:
-    assert ptx_atomics(PTX) == {
-        "red.global.gpu.relaxed.add.v4.f32": 2,
-        "atom.global.acq_rel.gpu.cas.b16": 1,
-    }
 
 
 def test_atomics_that_are_retried() -> None:
@@ -209,13 +193,16 @@ def test_a_row_describes_the_code(sass: str) -> None:
         "loop_instructions": 9,
         "loop_barriers": 1,
         "loop_spills": 1,
-        "instructions_per_unit": 4.5,  # of 16 rows and one point per warp: two units
+        "instructions_per_unit": 4.5,  # 16 rows and one point per warp: two units
         "row_loads": {"16": 1, "128": 3},
         "scalar_row_loads": 1,
         "loads": {"16": 1, "32": 1, "64": 1, "128": 3},
         "stores": {"128": 1},
         "atomics": {"ATOMG.E.CAS.STRONG.GPU": 1, "REDG.E.ADD.F32x4.FTZ.RN.STRONG.GPU": 1},
-        "ptx_atomics": ptx_atomics(PTX),
+        "ptx_atomics": {
+            "red.global.gpu.relaxed.add.v4.f32": 2,
+            "atom.global.acq_rel.gpu.cas.b16": 1,
+        },
         "retried_atomics": 1,
         "fences": {"MEMBAR.SC.GPU": 1},
         "barriers": 2,
@@ -236,3 +223,31 @@ def test_functions_that_read_rows_exist() -> None:
         defined |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     for kernel, loop in POINT_LOOPS.items():
         assert {kernel, loop.row_function} <= defined
+
+
+@pytest.mark.parametrize(
+    ("architecture", "registers", "shared_bytes", "num_warps", "tensor_columns", "warps"),
+    [
+        ("sm_90", 32, 0, 1, 0, 32),  # the maximum number of programs
+        ("sm_90", 80, 0, 4, 0, 24),
+        ("sm_90", 81, 0, 4, 0, 20),  # registers are allocated in units of eight per thread
+        ("sm_90", 64, 100 * 1024, 4, 0, 8),
+        ("sm_80", 64, 100 * 1024, 4, 0, 4),
+        ("sm_100", 32, 0, 4, 128, 16),
+    ],
+)
+def test_warps_per_multiprocessor(
+    architecture: Any,
+    registers: int,
+    shared_bytes: int,
+    num_warps: int,
+    tensor_columns: int,
+    warps: int,
+) -> None:
+    assert warps == warps_per_sm(
+        architecture,
+        registers=registers,
+        shared_bytes=shared_bytes,
+        num_warps=num_warps,
+        tensor_columns=tensor_columns,
+    )
