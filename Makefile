@@ -101,8 +101,6 @@ gpu-benchmarks:  ## on a GPU: benchmarks of the whole detector and its parts; JS
 	fi; \
 	step assignment 60 benchmarks.assignment --device cuda \
 		--time-budget 30 --output "$(OUT)/assignment_cuda.json"; \
-	step reductions 70 benchmarks.attention reductions --time-budget 40 \
-		--output "$(OUT)/reductions.json"; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy

@@ -1,1 +1,1 @@
-"""Deformable attention and its kernels: durations, tuning, plots, memory rates."""
+"""Deformable attention and its kernels: durations and tuning."""

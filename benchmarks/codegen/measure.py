@@ -137,32 +137,16 @@ _COLUMNS = {
     "BAR": "barriers",
     "BAR in loop": "loop_barriers",
     "spills in loop": "loop_spills",
-}
-"""Fields of the printed table, by title."""
-_SYNC_COLUMNS = {
-    "kernel": "kernel",
-    "case": "case",
-    "dtype": "dtype",
-    "arch": "architecture",
     "CAS": "retried_atomics",
-    "SASS": "atomics",
-    "PTX": "ptx_atomics",
+    "atomics": "atomics",
     "fences": "fences",
 }
+"""Fields of the printed table, by title. Loads and stores are counted by bits per thread."""
 
 
 def _print(rows: Sequence[Row]) -> None:
-    print("loads and stores: bits per thread, and how many instructions")
-    _print_fields(rows, _COLUMNS)
-    synchronising = [row for row in rows if row["atomics"] or row["ptx_atomics"] or row["fences"]]
-    if synchronising:
-        print()
-        _print_fields(synchronising, _SYNC_COLUMNS)
-
-
-def _print_fields(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
-    cells = [{title: _cell(row[field]) for title, field in columns.items()} for row in rows]
-    print_table(cells, dict.fromkeys(columns, ""))
+    cells = [{title: _cell(row[field]) for title, field in _COLUMNS.items()} for row in rows]
+    print_table(cells, dict.fromkeys(_COLUMNS, ""))
 
 
 def _cell(value: Any) -> Any:

@@ -302,22 +302,6 @@ def compare(
             On a GPU it is raised after all others were measured, for errors of any kind.
     """
     failed: list[str] = []
-    yield from _rows(cases, options, build, benchmark, phases, repetitions, clock, failed)
-    if failed:
-        raise ValueError("; ".join(failed))
-
-
-def _rows(
-    cases: Iterable[Case],
-    options: ComparisonOptions,
-    build: Build,
-    benchmark: str,
-    phases: Sequence[str],
-    repetitions: int,
-    clock: Callable[[], float],
-    failed: list[str],
-) -> Iterator[Row]:
-    """As `compare`; appends failures on a GPU to `failed`."""
     begin = clock()
     device = resolve_device(options.device)
     chosen = choose_implementations(options.implementations, device, options.published)
@@ -335,22 +319,25 @@ def _rows(
         with tempfile.TemporaryDirectory() as folder:
             weights = Path(folder) / "weights.pth"
             for group in groups:
+                title = f"{', '.join(group)} of {case}"
                 if options.time_budget is not None and clock() - begin > options.time_budget:
-                    print(f"time budget used up before {', '.join(group)} of {case}")
-                    return
+                    print(f"time budget used up: without {title}")
+                    continue
                 setups = [Setup(name, case, device, options.published, weights) for name in group]
                 try:
                     rows = _measure(setups, build, agreement, options, repetitions, phases)
                 except torch.OutOfMemoryError:
-                    print(f"left out, as memory ran out: {', '.join(group)} of {case}")
+                    print(f"left out, as memory ran out: {title}")
                     continue
                 except Exception as error:
                     if device.type == "cpu":
                         raise
                     traceback.print_exception(error)
-                    failed.append(f"{', '.join(group)} of {case}: {error}")
+                    failed.append(f"{title}: {error}")
                     continue
                 yield from ({"benchmark": benchmark, **row} for row in rows)
+    if failed:
+        raise ValueError("; ".join(failed))
 
 
 def _measure(

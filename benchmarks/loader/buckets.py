@@ -5,9 +5,9 @@ recipe's augmentation, and put into batches. A batch is padded to its maximum si
 multiple (`multiple`), or to one of a few buckets (`buckets`). `padded_share` is padding over all
 pixels; `relative_area` is the pixels of all batches over those of `multiple` 64 in random order.
 
-Orders of the samples: `random`, as in training; `aspect` sorts windows of 64 batches by height over
-width before they are split into batches, and `area` by aspect and then size. The loader does not
-sort, as that would change which images meet in a batch.
+Orders of the samples: `random`, as in training; `area` sorts windows of 64 batches by aspect and
+then size, before they are split into batches. The loader does not sort, as that would change which
+images meet in a batch.
 
 The measured draws differ from those that the buckets were chosen for. The last rows show the cost
 of the target buckets: slots per image and the share of empty ones, for all boxes of the images
@@ -34,7 +34,7 @@ from msdetr.data.buckets import choose_image_buckets, round_up, smallest_bucket
 from msdetr.data.coco import load_coco
 from msdetr.data.transforms import Augmentation, Size, evaluation_transform, training_transform
 
-Order = Literal["random", "aspect", "area"]
+Order = Literal["random", "area"]
 
 _REFERENCE_MULTIPLE = 64
 _WINDOW = 64
@@ -91,10 +91,9 @@ def draw_batches(
     sizes = np.array([transform((int(h), int(w)), rng).size for h, w in images], dtype=np.int64)
     if order != "random":
         aspect, area = sizes[:, 0] / sizes[:, 1], sizes.prod(axis=1)
-        # For `area`, classes of aspect are wide, so that the size matters.
-        key = np.log2(aspect).round(1) if order == "area" else aspect
         window = np.arange(len(sizes)) // (_WINDOW * batch)
-        sizes = sizes[np.lexsort((area, key, window))]
+        # Classes of aspect are wide, so that the size matters.
+        sizes = sizes[np.lexsort((area, np.log2(aspect).round(1), window))]
     return sizes.reshape(count, batch, 2)
 
 
@@ -138,7 +137,7 @@ def _measure_split(
     split: str,
 ) -> list[Row]:
     rows = []
-    orders: tuple[Order, ...] = ("random", "aspect", "area")
+    orders: tuple[Order, ...] = ("random", "area")
     for order in orders:
         sizes = draw_batches(image_sizes, transform, batch, options.num_batches, order)
         if order == "random":

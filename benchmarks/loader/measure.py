@@ -14,17 +14,16 @@ of the process and of its largest worker; shared pages count in each.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import multiprocessing
 import resource
-import statistics
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import PIL
@@ -37,12 +36,10 @@ from benchmarks.common import Row, environment, peak_memory_mb, print_table, wri
 from benchmarks.loader.pipelines import (
     IMPLEMENTATIONS,
     OURS,
-    SIMPLEJPEG,
     Pipeline,
     Source,
     build_pipeline,
     generate_images,
-    simplejpeg_decoder,
 )
 from benchmarks.processes import Worker
 from msdetr.cli.options import parse_options, user_errors
@@ -161,9 +158,7 @@ def _build(implementation: str, source: Source) -> None:
     torch.set_num_threads(1)
     # The default of a main program.
     multiprocessing.set_start_method("fork", force=True)
-    pipeline = build_pipeline(implementation, source)
-    assert pipeline is not None
-    _pipeline = pipeline
+    _pipeline = build_pipeline(implementation, source)
     for _ in _pipeline.loader(0, 0):  # fills caches
         pass
 
@@ -186,7 +181,7 @@ def _run_stages(epoch: int, batch: int) -> Times:
         for stage, begin, end in zip(_STAGES, marks, marks[1:], strict=False):
             laps[stage].append((end[0] - begin[0], end[1] - begin[1]))
     return {
-        (stage, 0): (_mean(wall for wall, _ in times), _mean(cpu for _, cpu in times))
+        (stage, 0): (fmean(wall for wall, _ in times), fmean(cpu for _, cpu in times))
         for stage, times in laps.items()
     }
 
@@ -206,17 +201,6 @@ def _run_whole(epoch: int, batch: int, num_workers: int) -> Times:
     return {("whole", num_workers): ((end[0] - begin[0]) / num_images, cpu / num_images)}
 
 
-def _run_simplejpeg(source: Source, num_images: int) -> Times:
-    decode = simplejpeg_decoder(source)
-    for position in range(min(num_images, 16)):
-        decode(position)
-    begin = _now()
-    for position in range(num_images):
-        decode(position)
-    end = _now()
-    return {("decode", 0): ((end[0] - begin[0]) / num_images, (end[1] - begin[1]) / num_images)}
-
-
 def _now() -> tuple[float, float]:
     """Wall and processor seconds of this process."""
     return time.perf_counter(), time.process_time()
@@ -226,10 +210,6 @@ def _children_seconds() -> float:
     """Processor seconds of the finished child processes."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
-
-
-def _mean(values: Any) -> float:
-    return statistics.fmean(values)
 
 
 def _environment() -> Row:
@@ -251,20 +231,15 @@ def measure(options: Options) -> list[Row]:
     Raises:
         ValueError: the data are missing or broken.
     """
-    names = list(options.implementations)
-    if SIMPLEJPEG in names and importlib.util.find_spec(SIMPLEJPEG) is None:
-        names.remove(SIMPLEJPEG)
-        print("without simplejpeg: it is not installed")
     times: dict[str, dict[tuple[str, int], list[tuple[float, float]]]] = {}
     with data_source(options) as source, contextlib.ExitStack() as stack:
-        workers = {name: stack.enter_context(Worker(name)) for name in names}
-        for name in names:
+        workers = {name: stack.enter_context(Worker(name)) for name in options.implementations}
+        for name, worker in workers.items():
             times[name] = defaultdict(list)
-            if name != SIMPLEJPEG:
-                workers[name].call(_build, name, source)
+            worker.call(_build, name, source)
         for epoch in range(1, options.rounds + 1):
             for name, worker in workers.items():
-                for key, seconds in _round(name, worker, source, epoch, options).items():
+                for key, seconds in _round(worker, epoch, options).items():
                     times[name][key].append(seconds)
         environments = {name: worker.call(_environment) for name, worker in workers.items()}
     return [
@@ -274,9 +249,7 @@ def measure(options: Options) -> list[Row]:
     ]
 
 
-def _round(name: str, worker: Worker, source: Source, epoch: int, options: Options) -> Times:
-    if name == SIMPLEJPEG:
-        return worker.call(_run_simplejpeg, source, options.images)
+def _round(worker: Worker, epoch: int, options: Options) -> Times:
     times = worker.call(_run_stages, epoch, options.batch)
     for num_workers in (0, options.workers):
         times |= worker.call(_run_whole, epoch, options.batch, num_workers)
@@ -291,7 +264,7 @@ def _row(
     environment_of_worker: Row,
 ) -> Row:
     stage, num_workers = key
-    wall, cpu = (statistics.median(column) for column in zip(*seconds, strict=True))
+    wall, cpu = (median(column) for column in zip(*seconds, strict=True))
     row = {
         "benchmark": "loader",
         "implementation": name,

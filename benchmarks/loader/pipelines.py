@@ -9,9 +9,7 @@ torchvision into tensors.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -38,8 +36,7 @@ OURS = "msdetr"
 CACHED = "msdetr, cached"
 TORCHVISION_PIL = "torchvision, Pillow"
 TORCHVISION_TENSOR = "torchvision, tensors"
-SIMPLEJPEG = "simplejpeg"
-IMPLEMENTATIONS = (OURS, CACHED, TORCHVISION_PIL, TORCHVISION_TENSOR, SIMPLEJPEG)
+IMPLEMENTATIONS = (OURS, CACHED, TORCHVISION_PIL, TORCHVISION_TENSOR)
 
 
 @dataclass(frozen=True)
@@ -77,19 +74,15 @@ class Pipeline(Protocol):
         """All stages, for the batches of an epoch."""
 
 
-def build_pipeline(implementation: str, source: Source) -> Pipeline | None:
-    """The pipeline of that name; None for one that only decodes.
+def build_pipeline(implementation: str, source: Source) -> Pipeline:
+    """The pipeline of an implementation, one of `IMPLEMENTATIONS`.
 
     Raises:
-        ValueError: there is none of that name, or the data are missing or broken.
+        ValueError: the data are missing or broken.
     """
     if implementation in (OURS, CACHED):
         return OurPipeline(source, "memory" if implementation == CACHED else "none")
-    if implementation in (TORCHVISION_PIL, TORCHVISION_TENSOR):
-        return TorchvisionPipeline(source, tensors=implementation == TORCHVISION_TENSOR)
-    if implementation == SIMPLEJPEG:
-        return None
-    raise ValueError(f"no implementation {implementation!r}: known are {IMPLEMENTATIONS}")
+    return TorchvisionPipeline(source, tensors=implementation == TORCHVISION_TENSOR)
 
 
 class OurPipeline:
@@ -239,25 +232,6 @@ class TorchvisionPipeline(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         return self.augment(self.decode(0, index))
-
-
-def simplejpeg_decoder(source: Source) -> Callable[[int], Any]:
-    """Decoding alone, by simplejpeg (libjpeg-turbo straight into an array).
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    if importlib.util.find_spec("simplejpeg") is None:
-        raise ValueError("simplejpeg is not installed")
-    simplejpeg = importlib.import_module("simplejpeg")
-    annotations = build_dataset(source.data(), "train").annotations
-
-    def decode(position: int) -> Any:
-        return simplejpeg.decode_jpeg(
-            annotations.image_path(position % len(annotations)).read_bytes()
-        )
-
-    return decode
 
 
 def generate_images(folder: Path, count: int, seed: int = 0) -> list[dict[str, Any]]:

@@ -34,7 +34,6 @@ from benchmarks.attention.measure import (
     plan,
     relative_errors,
 )
-from benchmarks.attention.plot import draw
 from benchmarks.device_time import Timing, percentiles_us, sums_of_equal_chunks, time_calls
 from msdetr.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
 
@@ -248,23 +247,6 @@ def test_peers_agree_where_installed() -> None:
         assert max(errors.values()) < TOLERANCES[torch.float32]
     if not available:
         pytest.skip("neither deformops nor transformers can run here")
-
-
-def test_rows_are_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    rows = [
-        {"shape": "encoder", "dtype": "bfloat16", "device": "some GPU", "implementation": name}
-        | {"pass": direction, "batch": batch, "spread": spread, "p50_us": 100.0 * batch + spread}
-        for name in ("ours", "theirs")
-        for direction in PASSES
-        for batch, spread in ((2, 0.0), (2, 4.0), (8, 0.0))
-        if (name, batch) != ("theirs", 8)
-    ]
-    assert {path.name for path in draw(rows, tmp_path)} == {
-        "bars_encoder_bfloat16_spread0.png",
-        "bars_encoder_bfloat16_spread4.png",
-        "spread_encoder_bfloat16_batch2.png",
-    }
 
 
 def test_percentiles_and_chunks() -> None:
