@@ -1,7 +1,7 @@
-"""What counts as a wait, and that a training step has none.
+"""Which operations count as waits, and that a training step has none.
 
-The pretended device stays with a process for good, so all that needs it runs in another one: this
-file as a script, which writes what it saw.
+The pretended device stays in a process for good, so everything that needs it runs in another
+process: this file as a script, which writes its observations.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.detector.syncs import Options, build_step, main, pretended_device, pretending
+from benchmarks.detector.syncs import Options, build_step, main
+from benchmarks.pretended import pretended_device, pretending
 from msdetr.ops.linear_assignment import linear_assignment
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--preset", "tiny", "--batch", "2", "--height", "64", "--width", "64", "--num-targets", "3"]
 
 x: Tensor
@@ -46,11 +47,6 @@ def _assign_by_mask() -> None:
     x.clone()[x > 2] = torch.zeros(2, device=x.device)
 
 
-def _assign_by_bytes() -> None:
-    mask = (x > 2).to(torch.uint8)
-    x.clone().index_put_((mask,), torch.zeros(2, device=x.device))
-
-
 def _assign_from_host() -> None:
     x.clone()[:] = host
 
@@ -68,56 +64,49 @@ def _read_in_backward() -> None:
     _ReadsInBackward.apply(x.clone().requires_grad_()).sum().backward()
 
 
-class Planted(NamedTuple):
-    call: Callable[[], object]
-    operation: str
-
-
-PLANTED = {
-    "item": Planted(lambda: x[0].item(), "_local_scalar_dense: values are read"),
-    "int": Planted(lambda: int(x[0]), "_local_scalar_dense: values are read"),
-    "float": Planted(lambda: float(x[0]), "_local_scalar_dense: values are read"),
-    "bool": Planted(lambda: bool(x[0]), "_local_scalar_dense: values are read"),
-    "if": Planted(_if, "_local_scalar_dense: values are read"),
-    "is_nonzero": Planted(lambda: torch.is_nonzero(x[0]), "_local_scalar_dense: values are read"),
-    "python index": Planted(lambda: [1, 2, 3][x[0].long()], "_local_scalar_dense: values are read"),
-    "slice": Planted(lambda: x[: x[1].long()], "_local_scalar_dense: values are read"),
-    "allclose": Planted(lambda: torch.allclose(x, x), "allclose: values are read"),
-    "equal": Planted(lambda: torch.equal(x, x + 1), "equal: values are read"),
-    "tolist": Planted(lambda: x.tolist(), "_to_copy: to the host"),
-    "cpu": Planted(lambda: x.cpu(), "_to_copy: to the host"),
-    "to": Planted(lambda: x.to("cpu"), "_to_copy: to the host"),
-    "numpy": Planted(lambda: x.cpu().numpy(), "_to_copy: to the host"),
-    "copy_": Planted(lambda: host.clone().copy_(x), "copy_: to the host"),
-    "to device": Planted(lambda: host.to(x.device), "_to_copy: from the host"),
-    "tensor": Planted(lambda: torch.tensor([1, 2], device=x.device), "_to_copy: from the host"),
-    "new_tensor": Planted(lambda: x.new_tensor([1, 2]), "_to_copy: from the host"),
-    "assign from host": Planted(_assign_from_host, "copy_: from the host"),
-    "nonzero": Planted(lambda: x.nonzero(), "nonzero: values are read"),
-    "where": Planted(lambda: torch.where(x > 2), "nonzero: values are read"),
-    "argwhere": Planted(lambda: torch.argwhere(x), "nonzero: values are read"),
-    "unique": Planted(lambda: x.unique(), "_unique2: values are read"),
-    "unique_consecutive": Planted(
-        lambda: x.unique_consecutive(), "unique_consecutive: values are read"
+READ = "_local_scalar_dense: values are read"
+PLANTED: dict[str, tuple[Callable[[], object], str]] = {
+    "item": (lambda: x[0].item(), READ),
+    "int": (lambda: int(x[0]), READ),
+    "bool": (lambda: bool(x[0]), READ),
+    "if": (_if, READ),
+    "is_nonzero": (lambda: torch.is_nonzero(x[0]), READ),
+    "python index": (lambda: [1, 2, 3][x[0].long()], READ),
+    "slice": (lambda: x[: x[1].long()], READ),
+    "in backward": (_read_in_backward, READ),
+    "allclose": (lambda: torch.allclose(x, x), "allclose: values are read"),
+    "equal": (lambda: torch.equal(x, x + 1), "equal: values are read"),
+    "tolist": (lambda: x.tolist(), "_to_copy: to the host"),
+    "numpy": (lambda: x.cpu().numpy(), "_to_copy: to the host"),
+    "copy_": (lambda: host.clone().copy_(x), "copy_: to the host"),
+    "to device": (lambda: host.to(x.device), "_to_copy: from the host"),
+    "tensor": (lambda: torch.tensor([1, 2], device=x.device), "_to_copy: from the host"),
+    "new_tensor": (lambda: x.new_tensor([1, 2]), "_to_copy: from the host"),
+    "assign from host": (_assign_from_host, "copy_: from the host"),
+    "nonzero": (lambda: x.nonzero(), "nonzero: values are read"),
+    "where": (lambda: torch.where(x > 2), "nonzero: values are read"),
+    "unique": (lambda: x.unique(), "_unique2: values are read"),
+    "unique_consecutive": (
+        lambda: x.unique_consecutive(),
+        "unique_consecutive: values are read",
     ),
-    "masked_select": Planted(lambda: x.masked_select(x > 2), "masked_select: values are read"),
-    "bincount": Planted(lambda: x.long().bincount(), "bincount: values are read"),
-    "index by mask": Planted(lambda: x[x > 2], "index: a mask as index"),
-    "index by bytes": Planted(_index_by_bytes, "index: a mask as index"),
-    "index by list": Planted(lambda: x[[0, 2]], "_to_copy: from the host"),
-    "index from host": Planted(lambda: x[torch.tensor([0, 2])], "index: an index from the host"),
-    "assign by mask": Planted(_assign_by_mask, "index_put_: a mask as index"),
-    "assign by bytes": Planted(_assign_by_bytes, "index_put_: a mask as index"),
-    "repeat_interleave": Planted(
-        lambda: torch.repeat_interleave(x, x.long()), "repeat_interleave: values are read"
+    "masked_select": (lambda: x.masked_select(x > 2), "masked_select: values are read"),
+    "bincount": (lambda: x.long().bincount(), "bincount: values are read"),
+    "index by mask": (lambda: x[x > 2], "index: a mask as index"),
+    "index by bytes": (_index_by_bytes, "index: a mask as index"),
+    "index by list": (lambda: x[[0, 2]], "_to_copy: from the host"),
+    "index from host": (lambda: x[torch.tensor([0, 2])], "index: an index from the host"),
+    "assign by mask": (_assign_by_mask, "index_put_: a mask as index"),
+    "repeat_interleave": (
+        lambda: torch.repeat_interleave(x, x.long()),
+        "repeat_interleave: values are read",
     ),
-    "in backward": Planted(_read_in_backward, "_local_scalar_dense: values are read"),
 }
 """Each waits once."""
 
 
 def _clean() -> object:
-    """What a step does: computing, random numbers, gradients, an update, reading the host."""
+    """The operations of a step: computing, drawing, gradients, an update, reading the host."""
     y = host.to(x.device, non_blocking=True)
     y = torch.where(y > 2, y, 0.0).masked_fill(y > 3, 1.0) + torch.full((), 2.0, device=x.device)
     order = y.argsort()
@@ -133,18 +122,10 @@ def _clean() -> object:
     return host[host > 2].tolist(), host.sum().item(), host.numpy(), host.unique()
 
 
-def _numpy_of_the_device() -> str:
+def _error_of(call: Callable[[], object]) -> str:
     try:
-        x.numpy()
+        call()
     except (RuntimeError, TypeError) as error:
-        return type(error).__name__
-    return "no error"
-
-
-def _mixed_devices() -> str:
-    try:
-        x + host
-    except RuntimeError as error:
         return str(error)
     return "no error"
 
@@ -168,10 +149,10 @@ def _observe() -> dict[str, Any]:
     device = pretended_device()
     host = torch.arange(1.0, 5.0)
     seen: dict[str, Any] = {"planted": {}}
-    for name, planted in PLANTED.items():
+    for name, (call, _) in PLANTED.items():
         with pretending(here) as tally:
             x = host.to(device, non_blocking=True)
-            planted.call()
+            call()
         seen["planted"][name] = [
             (wait.where, wait.operation, count) for wait, count in tally.waits.items()
         ]
@@ -188,8 +169,8 @@ def _observe() -> dict[str, Any]:
     }
     with pretending(here):
         x = host.to(device, non_blocking=True)
-        seen["numpy"] = _numpy_of_the_device()
-        seen["mixed"] = _mixed_devices()
+        seen["numpy"] = _error_of(lambda: x.numpy())
+        seen["mixed"] = _error_of(lambda: x + host)
         seen["losses"] = [_losses(torch.device("cpu")), _losses(device)]
     for impl in ("auto", "reference"):
         output = io.StringIO()
@@ -223,25 +204,25 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_wait_is_counted(seen: dict[str, Any], name: str) -> None:
     ((where, operation, count),) = seen["planted"][name]
-    assert where.startswith("tests/test_step_syncs.py:")
-    assert operation == f"aten.{PLANTED[name].operation}"
+    assert where.startswith("benchmarks/test_syncs.py:")
+    assert operation == f"aten.{PLANTED[name][1]}"
     assert count == 1
 
 
-def test_what_does_not_wait_is_not_counted(seen: dict[str, Any]) -> None:
+def test_operations_that_do_not_wait_are_not_counted(seen: dict[str, Any]) -> None:
     waits, operations = seen["clean"]
     assert operations > 30
     assert waits == 0
 
 
-def test_operators_are_looked_into(seen: dict[str, Any]) -> None:
+def test_operators_of_the_project_are_followed(seen: dict[str, Any]) -> None:
     assert seen["reference assignment"] == {
         "msdetr/ops/linear_assignment.py aten._to_copy: to the host": 1,
         "msdetr/ops/linear_assignment.py aten._to_copy: from the host": 1,
     }
 
 
-def test_what_a_gpu_refuses_is_refused(seen: dict[str, Any]) -> None:
+def test_operations_that_a_gpu_refuses_are_refused(seen: dict[str, Any]) -> None:
     assert seen["numpy"] != "no error"
     assert "of the device and of the host" in seen["mixed"]
 
@@ -294,7 +275,7 @@ def test_wrong_options_are_refused(
 def test_the_published_step_waits() -> None:
     published = ["--published", os.environ["MSDETR_PUBLISHED"]]
     output = _run_without_gpu(
-        "-m", "benchmarks.detector.syncs", "--batch", "1", "--impl", "reference", *published
+        "-m", "benchmarks.detector", "syncs", "--batch", "1", "--impl", "reference", *published
     )
     assert "step of ms-detr-r50-300: 4 of " in output
     ours, theirs = output.split("step of the published code")
