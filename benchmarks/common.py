@@ -102,15 +102,25 @@ def new_figure(figsize: tuple[float, float]) -> Any:
     return figure(figsize=figsize, layout="constrained")
 
 
-def print_table(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
-    """Print the fields named by `columns`, each with its format, one line per row; None as `-`."""
-    cells = [list(columns)] + [
-        ["-" if row[name] is None else format(row[name], spec) for name, spec in columns.items()]
-        for row in rows
-    ]
+def print_table(rows: Sequence[Row], columns: str) -> None:
+    """Print a line per row.
+
+    Args:
+        rows: None is printed as `-`, and a mapping as `name:value` for each item.
+        columns: names of fields, each with an optional format, such as `batch seconds:.2f`.
+    """
+    fields = [column.partition(":")[::2] for column in columns.split()]
+    cells = [[name for name, _ in fields]]
+    cells += [[_cell(row[name], spec) for name, spec in fields] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def _cell(value: Any, spec: str) -> str:
+    if isinstance(value, Mapping):
+        value = " ".join(f"{name}:{count}" for name, count in value.items()) or None
+    return "-" if value is None else format(value, spec)
 
 
 def _device_name(device: torch.device) -> str:

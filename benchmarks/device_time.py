@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,14 +21,8 @@ import torch
 Call = Callable[[], object]
 
 
-class Timing(NamedTuple):
-    """Durations of a call in seconds, and how they were taken: `wall`, `graph` or `profiler`."""
-
-    timer: str
-    seconds: list[float]
-
-
-Timer = Callable[[Sequence[Call]], Timing]
+Timer = Callable[[Sequence[Call]], list[float]]
+"""Durations of a call in seconds."""
 
 MIN_REPLAY_SECONDS = 1e-3
 """Minimum duration of a captured graph, so that its launch does not count."""
@@ -93,22 +87,22 @@ class PhaseTimer:
             torch.cuda.synchronize(self._device)
 
 
-def time_calls(calls: Sequence[Call], device: torch.device, *, repetitions: int = 20) -> Timing:
-    """Durations on the device, by the best timer that works for the calls.
+def time_calls(
+    calls: Sequence[Call], device: torch.device, *, repetitions: int = 20
+) -> list[float]:
+    """Durations on the device: by replay of a CUDA graph on a GPU, and of wall time on a CPU.
 
     Args:
         calls: what to time.
         device: where they work.
         repetitions: durations to take; on a GPU each is a mean over all calls.
+
+    Raises:
+        RuntimeError: a call cannot be captured, for example because it reads from the device.
     """
     if device.type != "cuda":
-        return Timing("wall", wall_seconds(calls, repetitions=repetitions))
-    try:
-        return Timing("graph", graph_seconds(calls, replays=repetitions))
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        return Timing("profiler", profiled_seconds(calls))
+        return wall_seconds(calls, repetitions=repetitions)
+    return graph_seconds(calls, replays=repetitions)
 
 
 def wall_seconds(calls: Sequence[Call], *, repetitions: int) -> list[float]:
@@ -146,32 +140,6 @@ def graph_seconds(calls: Sequence[Call], *, replays: int) -> list[float]:
     return [seconds / per_replay for seconds in _replay_seconds(graph, replays=replays)]
 
 
-def profiled_seconds(calls: Sequence[Call], *, rounds: int = 10) -> list[float]:
-    """Durations on the GPU as the profiler's sum over kernels, copies and fills: without gaps."""
-    _warm_up(calls)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(rounds):
-            for call in calls:
-                call()
-        torch.cuda.synchronize()
-    events = [event for event in profile.events() if event.device_type.name == "CUDA"]
-    events.sort(key=lambda event: event.time_range.start)
-    durations = [event.time_range.elapsed_us() / 1e6 for event in events]
-    return sums_of_equal_chunks(durations, rounds * len(calls))
-
-
-def sums_of_equal_chunks(durations: Sequence[float], count: int) -> list[float]:
-    """Split durations into `count` chunks of equal length, and sum each.
-
-    Raises:
-        ValueError: there are none, or they cannot be split so: calls did different work.
-    """
-    length, rest = divmod(len(durations), count)
-    if rest or not length:
-        raise ValueError(f"{len(durations)} device events do not make {count} equal calls")
-    return [sum(durations[i * length : (i + 1) * length]) for i in range(count)]
-
-
 def host_seconds(calls: Sequence[Call], *, chunks: int = 25, chunk: int = 4) -> float:
     """Host time of one call on a GPU: the median of chunks that begin with an idle device.
 
@@ -207,7 +175,7 @@ def copy_bytes_per_second(device: torch.device, timer: Timer) -> float:
         size = min(_CUDA_COPY_BYTES, torch.cuda.mem_get_info(device)[0] // 8)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / statistics.median(timer([lambda: target.copy_(source)]).seconds)
+    return 2 * size / statistics.median(timer([lambda: target.copy_(source)]))
 
 
 def num_input_sets(bytes_read: int, device: torch.device) -> int:

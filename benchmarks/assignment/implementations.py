@@ -4,13 +4,11 @@
 - `reference`: ours, by the references of the ops.
 - `published`: the published algorithm (`published_assignment`).
 - `scipy`: one-to-one, by our costs and SciPy with a copy for every problem.
-- `torch-linear-assignment`: one-to-one, by our costs and the kernel of the package of that name.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -82,17 +80,6 @@ def scipy_per_problem(inputs: Inputs) -> Pairs:
     ]
 
 
-def torch_linear_assignment(inputs: Inputs) -> Dense:
-    """Our costs, and the kernel of the package of that name."""
-    from torch_linear_assignment import batch_linear_assignment  # type: ignore[import-not-found]
-
-    # It takes no counts: empty slots cost nothing for any query.
-    cost = dense_cost(inputs, "auto").transpose(2, 3)
-    cost = cost.masked_fill(~inputs.targets.mask[:, :, None], 0.0).flatten(0, 1)
-    query: Tensor = batch_linear_assignment(cost)
-    return query, (query >= 0) & inputs.targets.mask.repeat(len(inputs.logits), 1)
-
-
 _BYTES_PER_PAIR = 48
 
 
@@ -134,14 +121,6 @@ def _no_kernel(device: torch.device) -> str | None:
     return None
 
 
-def _no_torch_linear_assignment(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return "its kernel needs a GPU"
-    if importlib.util.find_spec("torch_linear_assignment") is None:
-        return "not installed"
-    return None
-
-
 IMPLEMENTATIONS = {
     implementation.name: implementation
     for implementation in (
@@ -163,10 +142,5 @@ IMPLEMENTATIONS = {
             mixes_images=True,
         ),
         Implementation(name="scipy", one_to_one=scipy_per_problem),
-        Implementation(
-            name="torch-linear-assignment",
-            one_to_one=torch_linear_assignment,
-            unavailable=_no_torch_linear_assignment,
-        ),
     )
 }

@@ -54,21 +54,10 @@ MIN_SPEEDUP = 10.0
 _MEASURED = ("p20_us", "p50_us", "p80_us", "device_us", "launches", "host_waits", "speedup")
 """Fields that are None in the row of an implementation that was not timed."""
 
-_COLUMNS = {
-    "task": "",
-    "implementation": "",
-    "batch": "",
-    "queries": "",
-    "targets": "",
-    "p20_us": ".0f",
-    "p50_us": ".0f",
-    "p80_us": ".0f",
-    "device_us": ".1f",
-    "launches": "",
-    "host_waits": "",
-    "speedup": ".2f",
-    "status": "",
-}
+_COLUMNS = (
+    "task implementation batch queries targets p20_us:.0f p50_us:.0f p80_us:.0f device_us:.1f "
+    "launches host_waits speedup:.2f status"
+)
 
 
 def time_in_turns(

@@ -14,7 +14,6 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,16 +120,6 @@ def _reference(inputs: Inputs) -> Tensor:
     )
 
 
-def _compiled(build: Callable[[], Run]) -> Run:
-    # Backward is timed repeatedly on one graph, so compiled code must keep its inputs.
-    config: Any = importlib.import_module("torch._functorch.config")
-    config.donated_buffer = False
-    # Each case has its own shapes, and so compiled code of its own.
-    torch.compiler.reset()
-    compiled: Run = torch.compile(build(), fullgraph=True, dynamic=False)
-    return compiled
-
-
 def _build_deformops() -> Run:
     importlib.import_module("deformops.registry")  # registers the op
     op = torch.ops.deformops.msda_softmax
@@ -197,18 +186,6 @@ _ALL = (
     Implementation("msdetr", lambda: _standard, kernel="ms_deform_attn"),
     Implementation(
         "deformops-fp32acc", _build_deformops_float32, package="deformops", needs_gpu=True
-    ),
-    Implementation(
-        "reference-compiled",
-        functools.partial(_compiled, lambda: _reference),
-        takes_projection=True,
-        needs_gpu=True,
-    ),
-    Implementation(
-        "deformops-compiled",
-        functools.partial(_compiled, _build_deformops),
-        package="deformops",
-        needs_gpu=True,
     ),
     Implementation("transformers", _build_transformers, package="transformers"),
 )

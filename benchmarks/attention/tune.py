@@ -213,7 +213,7 @@ def fastest(kernel: Kernel, choices: Sequence[Config], work: Work, timer: Timer)
             try:
                 problem = _difference([sets[0]() for sets in calls], expected)
                 if problem is None:
-                    times = [statistics.median(timer(sets).seconds) for sets in calls]
+                    times = [statistics.median(timer(sets)) for sets in calls]
             except Exception as error:  # too much shared memory, for example
                 problem = f"{type(error).__name__}: {error}"
         if problem is not None:
@@ -307,5 +307,5 @@ def main(arguments: Sequence[str]) -> int:
                 print(f"{row['kernel']} {row['queries']} {row['dtype']}: {row['config']}")
                 rows.append(row)
                 write_table(options.table, rows)
-    print_table(rows, {"kernel": "", "queries": "", "dtype": "", "p50_us": ".1f"})
+    print_table(rows, "kernel queries dtype p50_us:.1f")
     return 0

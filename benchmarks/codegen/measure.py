@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -118,41 +117,11 @@ def measure(options: Options) -> list[Row]:
     return sorted(rows, key=lambda row: kernels.index(row["kernel"]))
 
 
-_COLUMNS = {
-    "kernel": "kernel",
-    "case": "case",
-    "dtype": "dtype",
-    "arch": "architecture",
-    "regs": "registers",
-    "spill": "spill_bytes",
-    "shared": "shared_bytes",
-    "warps/SM": "warps_per_sm",
-    "instr": "instructions",
-    "loop": "loop_instructions",
-    "/unit": "instructions_per_unit",
-    "loads": "loads",
-    "of value": "row_loads",
-    "scalar": "scalar_row_loads",
-    "stores": "stores",
-    "BAR": "barriers",
-    "BAR in loop": "loop_barriers",
-    "spills in loop": "loop_spills",
-    "CAS": "retried_atomics",
-    "atomics": "atomics",
-    "fences": "fences",
-}
-"""Fields of the printed table, by title. Loads and stores are counted by bits per thread."""
-
-
-def _print(rows: Sequence[Row]) -> None:
-    cells = [{title: _cell(row[field]) for title, field in _COLUMNS.items()} for row in rows]
-    print_table(cells, dict.fromkeys(_COLUMNS, ""))
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return " ".join(f"{name}:{count}" for name, count in value.items()) or None
-    return f"{value:.1f}" if isinstance(value, float) else value
+_COLUMNS = (
+    "kernel case dtype architecture registers spill_bytes shared_bytes warps_per_sm instructions "
+    "loop_instructions instructions_per_unit:.1f loads row_loads scalar_row_loads stores barriers "
+    "loop_barriers loop_spills retried_atomics atomics fences"
+)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -161,7 +130,7 @@ def main(arguments: Sequence[str]) -> int:
         options = parse_options(Options, arguments, prog="python -m benchmarks.codegen")
         require_compiler()
     rows = measure(options)
-    _print(rows)
+    print_table(rows, _COLUMNS)
     version = rows[0]["triton"]
     table = table_path(options.results, version)
     stored: list[Row] = json.loads(table.read_text(encoding="utf-8")) if table.is_file() else []

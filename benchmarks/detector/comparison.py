@@ -252,28 +252,27 @@ def _num_graph_breaks() -> int:
     return sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
-class _Agreement:
-    """Compares the values of the implementations of a case with those of the first."""
+def check_agreement(
+    name: str, values: dict[str, float] | None, expected: dict[str, float], dtype: Dtype
+) -> None:
+    """Compare the values of an implementation with those of the first, which fill `expected`.
 
-    def __init__(self, case: Case) -> None:
-        self._case = case
-        self._first: tuple[str, dict[str, float]] | None = None
-
-    def check(self, name: str, values: dict[str, float] | None) -> None:
-        if values is None:
-            return
-        if self._first is None:
-            wrong = [key for key, value in values.items() if not math.isfinite(value)]
-            if wrong:
-                raise ValueError(f"{name}: not finite: {', '.join(wrong)}")
-            self._first = name, values
-            return
-        first, expected = self._first
-        try:
-            largest = check_same_values(values, expected, tolerance=TOLERANCES[self._case.dtype])
-        except ValueError as error:
-            raise ValueError(f"{name} against {first}: {error}") from error
-        print(f"{name} agrees with {first} to {largest:.1e}, relative")
+    Raises:
+        ValueError: they differ, or are not finite.
+    """
+    if values is None:
+        return
+    if not expected:
+        wrong = [key for key, value in values.items() if not math.isfinite(value)]
+        if wrong:
+            raise ValueError(f"{name}: not finite: {', '.join(wrong)}")
+        expected.update(values)
+        return
+    try:
+        difference = check_same_values(values, expected, tolerance=TOLERANCES[dtype])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    print(f"{name} agrees with the first to {difference:.1e}, relative")
 
 
 def compare(
@@ -315,7 +314,7 @@ def compare(
                 print(f"{case.preset}, {case.dtype}: without {name}: {reason}")
         # On a CPU all at once, on a GPU one after the other.
         groups = [names] if device.type == "cpu" else [[name] for name in names]
-        agreement = _Agreement(case)
+        expected: dict[str, float] = {}
         with tempfile.TemporaryDirectory() as folder:
             weights = Path(folder) / "weights.pth"
             for group in groups:
@@ -325,7 +324,7 @@ def compare(
                     continue
                 setups = [Setup(name, case, device, options.published, weights) for name in group]
                 try:
-                    rows = _measure(setups, build, agreement, options, repetitions, phases)
+                    rows = _measure(setups, build, expected, options, repetitions, phases)
                 except torch.OutOfMemoryError:
                     print(f"left out, as memory ran out: {title}")
                     continue
@@ -343,7 +342,7 @@ def compare(
 def _measure(
     setups: Sequence[Setup],
     build: Build,
-    agreement: _Agreement,
+    expected: dict[str, float],
     options: ComparisonOptions,
     repetitions: int,
     phases: Sequence[str],
@@ -353,7 +352,7 @@ def _measure(
         workers = [stack.enter_context(_start(setup.implementation)) for setup in setups]
         for worker, setup in zip(workers, setups, strict=True):
             worker.call(_build, build, setup)
-            agreement.check(worker.implementation, worker.call(_values))
+            check_agreement(worker.implementation, worker.call(_values), expected, setup.case.dtype)
         _take_turns(workers, options.warmup)
         for worker in workers:
             worker.call(_end_warm_up)
@@ -424,22 +423,15 @@ def collect(rows: Iterable[Row], output: Path | None) -> list[Row]:
 
 def print_rows(rows: Sequence[Row], phases: Sequence[str] = ()) -> None:
     """Print the columns in which some row has a value; `phases` as for `compare`."""
-    columns = {
-        **dict.fromkeys(("preset", "implementation", "dtype", "batch"), ""),
-        **dict.fromkeys(("seconds_p50", "seconds_p80"), ".4f"),
-        **{f"{phase}_seconds": ".4f" for phase in phases},
-        "images_per_second": ".3f",
-        "speedup_over_published": ".2f",
-        "speedup_over_eager": ".2f",
-        "gpu_idle_share": ".3f",
-        "kernels": ".0f",
-        "host_reads": "",
-        "recompiles": "",
-        "peak_memory_mb": ".0f",
-        "model_flops_utilisation": ".3f",
-    }
-    used = {name for name in columns if any(row[name] is not None for row in rows)}
-    print_table(rows, {name: spec for name, spec in columns.items() if name in used})
+    columns = [
+        *("preset", "implementation", "dtype", "batch", "seconds_p50:.4f", "seconds_p80:.4f"),
+        *(f"{phase}_seconds:.4f" for phase in phases),
+        *("images_per_second:.3f", "speedup_over_published:.2f", "speedup_over_eager:.2f"),
+        *("gpu_idle_share:.3f", "kernels:.0f", "host_reads", "recompiles"),
+        *("peak_memory_mb:.0f", "model_flops_utilisation:.3f"),
+    ]
+    used = [c for c in columns if any(row[c.partition(":")[0]] is not None for row in rows)]
+    print_table(rows, " ".join(used))
 
 
 def add_speedups(rows: Sequence[Row]) -> None:

@@ -184,7 +184,7 @@ def _report(whose: str, tally: pretended.Tally) -> None:
         for wait, count in sorted(tally.waits.items())
     ]
     if rows:
-        print_table(rows, {"count": "", "caller": "", "operation": ""})
+        print_table(rows, "count caller operation")
 
 
 def main(arguments: Sequence[str]) -> int:

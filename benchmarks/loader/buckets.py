@@ -16,8 +16,9 @@ of the target buckets: slots per image and the share of empty ones, for all boxe
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -39,24 +40,11 @@ Order = Literal["random", "area"]
 _REFERENCE_MULTIPLE = 64
 _WINDOW = 64
 _COLUMNS = {
-    "split": "",
-    "batch": "",
-    "order": "",
-    "rule": "",
-    "multiple": "",
-    "buckets": "",
-    "shapes": "",
-    "padded_share": ".3f",
-    "relative_area": ".3f",
-    "seconds": ".2f",
+    "image_buckets": "split batch order rule multiple buckets shapes padded_share:.3f "
+    "relative_area:.3f seconds:.2f",
+    "target_buckets": "batch shapes mean_targets:.1f mean_slots:.1f padded_share:.3f",
 }
-_TARGET_COLUMNS = {
-    "batch": "",
-    "shapes": "",
-    "mean_targets": ".1f",
-    "mean_slots": ".1f",
-    "padded_share": ".3f",
-}
+"""Of the printed tables, by benchmark."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +103,7 @@ def measure(options: Options) -> list[Row]:
     """
     sets = [load_coco(file, file.parent) for file in options.annotations]
     image_sizes = np.concatenate([annotations.sizes.numpy() for annotations in sets])
-    rows = []
+    rows: list[Row] = []
     for split, make in (("train", training_transform), ("val", evaluation_transform)):
         for batch in options.batches:
             rows += _measure_split(image_sizes, make(DataConfig()), batch, options, split)
@@ -135,36 +123,21 @@ def _measure_split(
     batch: int,
     options: Options,
     split: str,
-) -> list[Row]:
-    rows = []
+) -> Iterator[Row]:
     orders: tuple[Order, ...] = ("random", "area")
-    for order in orders:
-        sizes = draw_batches(image_sizes, transform, batch, options.num_batches, order)
-        if order == "random":
-            reference = padded_shapes(sizes, _REFERENCE_MULTIPLE, ()).prod(axis=1).sum()
-        for row in _measure_order(image_sizes, transform, sizes, order, options):
-            row["relative_area"] = float(row.pop("area") / reference)
-            rows.append({"benchmark": "image_buckets", "split": split, "batch": batch, **row})
-    return rows
-
-
-def _measure_order(
-    image_sizes: NDArray[np.int64],
-    transform: Augmentation,
-    sizes: NDArray[np.int64],
-    order: Order,
-    options: Options,
-) -> list[Row]:
-    batch = sizes.shape[1]
+    draws = {
+        order: draw_batches(image_sizes, transform, batch, options.num_batches, order)
+        for order in orders
+    }
+    reference = padded_shapes(draws["random"], _REFERENCE_MULTIPLE, ()).prod(axis=1).sum()
     rules: list[tuple[str, int, int | None]] = [("exact", 1, None)]
-    for multiple in options.multiples:
-        rules.append(("multiple", multiple, None))
-        if order == "random":
-            rules += [("buckets", multiple, number) for number in options.buckets]
-    rows = []
-    for rule, multiple, number in rules:
+    rules += [("multiple", multiple, None) for multiple in options.multiples]
+    rules += [("buckets", multiple, n) for multiple in options.multiples for n in options.buckets]
+    for order, (rule, multiple, number) in itertools.product(orders, rules):
+        if order != "random" and number is not None:
+            continue
         buckets: tuple[Size, ...] = ()
-        begin = time.perf_counter()
+        sizes, begin = draws[order], time.perf_counter()
         if number is not None:
             buckets = choose_image_buckets(
                 image_sizes, transform, num_buckets=number, batch_size=batch, multiple=multiple
@@ -172,20 +145,20 @@ def _measure_order(
         seconds = time.perf_counter() - begin
         shapes = padded_shapes(sizes, multiple, buckets)
         area = shapes.prod(axis=1).sum()
-        rows.append(
-            {
-                "order": order,
-                "rule": rule,
-                "multiple": multiple,
-                "buckets": number,
-                "shapes": len(np.unique(shapes, axis=0)),
-                "padded_share": float(1 - sizes.prod(axis=2).sum() / (area * batch)),
-                "area": int(area),
-                "seconds": seconds if number is not None else None,
-                "num_batches": options.num_batches,
-            }
-        )
-    return rows
+        yield {
+            "benchmark": "image_buckets",
+            "split": split,
+            "batch": batch,
+            "order": order,
+            "rule": rule,
+            "multiple": multiple,
+            "buckets": number,
+            "shapes": len(np.unique(shapes, axis=0)),
+            "padded_share": float(1 - sizes.prod(axis=2).sum() / (area * batch)),
+            "relative_area": float(area / reference),
+            "seconds": seconds if number is not None else None,
+            "num_batches": options.num_batches,
+        }
 
 
 def _measure_targets(counts: NDArray[np.int64], batch: int, options: Options) -> Row:
@@ -212,6 +185,6 @@ def main(arguments: Sequence[str]) -> int:
         rows = measure(options)
         if options.output is not None:
             write_rows(options.output, rows)
-    for benchmark, columns in (("image_buckets", _COLUMNS), ("target_buckets", _TARGET_COLUMNS)):
+    for benchmark, columns in _COLUMNS.items():
         print_table([row for row in rows if row["benchmark"] == benchmark], columns)
     return 0

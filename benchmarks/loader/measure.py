@@ -50,17 +50,10 @@ from msdetr.data.paths import resolve_split
 MIN_RATE = 45.0
 """Images per second and core of the whole recipe, for `--check`."""
 
-_COLUMNS = {
-    "implementation": "",
-    "stage": "",
-    "workers": "",
-    "cpu_ms_per_image": ".2f",
-    "images_per_second_per_core": ".1f",
-    "images_per_second": ".1f",
-    "cores_per_gpu": ".2f",
-    "peak_memory_mb": ".0f",
-    "worker_peak_memory_mb": ".0f",
-}
+_COLUMNS = (
+    "implementation stage workers cpu_ms_per_image:.2f images_per_second_per_core:.1f "
+    "images_per_second:.1f cores_per_gpu:.2f peak_memory_mb:.0f worker_peak_memory_mb:.0f"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

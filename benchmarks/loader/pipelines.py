@@ -1,10 +1,9 @@
-"""Pipelines of `python -m benchmarks.loader`: this package's loader, and its peers.
+"""Pipelines of `python -m benchmarks.loader`: this package's loader, and its peer.
 
 A pipeline makes batches in three stages (decode, augment, collate), and has a loader that runs all
-of them. The peers restate torchvision's reference for detection (references/detection: transforms
+of them. The peer restates torchvision's reference for detection (references/detection: transforms
 v2, boxes and labels as `tv_tensors`, float images) with DETR's augmentation, distributed like
-ours, and DETR's batch (images padded with zeros, and a mask). They decode by Pillow, or by
-torchvision into tensors.
+ours, and DETR's batch (images padded with zeros, and a mask).
 """
 
 from __future__ import annotations
@@ -20,23 +19,20 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from msdetr.config import DataConfig, RunConfig, TrainConfig
 from msdetr.data.collate import Collate
 from msdetr.data.dataset import DetectionDataset, Sample, build_dataset
-from msdetr.data.images import DecodedImage
-from msdetr.data.images import decode_image as decode_file
+from msdetr.data.images import DecodedImage, decode_image
 from msdetr.data.loader import build_train_loader
 from msdetr.data.sampler import sample_generator
 from msdetr.data.transforms import Geometry, resize_window, transform_boxes, transform_pixels
 
 OURS = "msdetr"
 CACHED = "msdetr, cached"
-TORCHVISION_PIL = "torchvision, Pillow"
-TORCHVISION_TENSOR = "torchvision, tensors"
-IMPLEMENTATIONS = (OURS, CACHED, TORCHVISION_PIL, TORCHVISION_TENSOR)
+TORCHVISION = "torchvision, Pillow"
+IMPLEMENTATIONS = (OURS, CACHED, TORCHVISION)
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,7 @@ def build_pipeline(implementation: str, source: Source) -> Pipeline:
     """
     if implementation in (OURS, CACHED):
         return OurPipeline(source, "memory" if implementation == CACHED else "none")
-    return TorchvisionPipeline(source, tensors=implementation == TORCHVISION_TENSOR)
+    return TorchvisionPipeline(source)
 
 
 class OurPipeline:
@@ -110,7 +106,7 @@ class OurPipeline:
             if stored is not None:
                 return index, geometry, stored
         path = dataset.annotations.image_path(index)
-        decoded = decode_file(path, expected_size=size, max_scale=geometry.max_scale)
+        decoded = decode_image(path, expected_size=size, max_scale=geometry.max_scale)
         return index, geometry, decoded
 
     def augment(self, decoded: tuple[int, Geometry, Any]) -> Sample:
@@ -159,9 +155,8 @@ def _draw(low: int, high: int) -> int:
 class TorchvisionPipeline(Dataset[Any]):
     """torchvision's reference for detection with DETR's augmentation."""
 
-    def __init__(self, source: Source, *, tensors: bool) -> None:
+    def __init__(self, source: Source) -> None:
         self.source = source
-        self.tensors = tensors
         config = source.data()
         self.annotations = build_dataset(config, "train").annotations
         self.num_images = len(self.annotations)
@@ -174,7 +169,7 @@ class TorchvisionPipeline(Dataset[Any]):
         self.transform = v2.Compose([
             v2.RandomHorizontalFlip(0.5),
             v2.RandomChoice([resize, crop]),
-            *([] if tensors else [v2.PILToTensor()]),
+            v2.PILToTensor(),
             v2.ToDtype(torch.float32, scale=True),
             v2.ConvertBoundingBoxFormat(tv_tensors.BoundingBoxFormat.XYXY),
             v2.SanitizeBoundingBoxes(),
@@ -184,13 +179,8 @@ class TorchvisionPipeline(Dataset[Any]):
     def decode(self, epoch: int, position: int) -> tuple[Any, dict[str, Any]]:
         """The image, and its boxes and labels."""
         index = position % self.num_images
-        path = str(self.annotations.image_folder / self.annotations.file_name(index))
-        image: Any
-        if self.tensors:
-            image = tv_tensors.Image(decode_image(path, mode=ImageReadMode.RGB))
-        else:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
+        with Image.open(self.annotations.image_path(index)) as file:
+            image = file.convert("RGB")
         labels, boxes = self.annotations.targets(index)
         boxes = tv_tensors.BoundingBoxes(
             boxes,

@@ -34,7 +34,7 @@ from benchmarks.attention.measure import (
     plan,
     relative_errors,
 )
-from benchmarks.device_time import Timing, percentiles_us, sums_of_equal_chunks, time_calls
+from benchmarks.device_time import percentiles_us, time_calls
 from msdetr.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
 
 CPU = torch.device("cpu")
@@ -71,7 +71,7 @@ def test_reference_writes_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     rows = json.loads(path.read_text())
     assert [row["pass"] for row in rows] == list(PASSES)
     for row in rows:
-        assert (row["status"], row["timer"], row["queries"]) == ("ok", "wall", 16)
+        assert (row["status"], row["queries"]) == ("ok", 16)
         gigabytes = row["compulsory_mb"] * 2**20 / 1e9
         assert row["gigabytes_per_second"] == pytest.approx(gigabytes / (row["p50_us"] / 1e6))
         assert row["roofline_share"] == pytest.approx(
@@ -95,7 +95,7 @@ def test_kernels_are_right_and_timed(name: str, shape: str) -> None:
         spreads=(1.0,),
         implementations=(name,),
     )
-    (rows,) = measure(options, timer=lambda calls: Timing("none", [1.0, 2.0, 3.0]))
+    (rows,) = measure(options, timer=lambda calls: [1.0, 2.0, 3.0])
     assert [(row["status"], row["p50_us"]) for row in rows] == [("ok", 2e6)] * 3
 
 
@@ -161,27 +161,9 @@ def test_the_most_interesting_comes_first_and_the_budget_ends_the_run(
         device="cpu",
     )
     times = iter([0.0, 0.0, 10.0, 10.5])
-    rows = measure(options, timer=lambda calls: Timing("none", [1.0]), clock=lambda: next(times))
+    rows = measure(options, timer=lambda calls: [1.0], clock=lambda: next(times))
     assert [new[0]["dtype"] for new in rows] == ["bfloat16", "float32"]
     assert "1 of 3 left out" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        (["--shapes", "huge"], "known are encoder"),
-        (["--implementations", "deformops", "--device", "cpu"], "deformops cannot run here"),
-        (["--ops", "no_such_module:op", "--device", "cpu"], "No module named"),
-        (["--spreads", "-1.0"], "spreads must be at least 0"),
-    ],
-)
-def test_wrong_options_are_refused(
-    arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main(arguments)
-    assert exit_.value.code == 2
-    assert reason in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -249,14 +231,6 @@ def test_peers_agree_where_installed() -> None:
         pytest.skip("neither deformops nor transformers can run here")
 
 
-def test_percentiles_and_chunks() -> None:
-    percentiles = percentiles_us([3e-6, 1e-6, 2e-6, 5e-6, 4e-6, 6e-6])
-    assert percentiles == pytest.approx({"p20_us": 2.0, "p50_us": 3.5, "p80_us": 5.0})
-    assert sums_of_equal_chunks([1.0, 2.0, 3.0, 4.0], 2) == [3.0, 7.0]
-    with pytest.raises(ValueError, match="do not make 2 equal calls"):
-        sums_of_equal_chunks([1.0, 2.0, 3.0], 2)
-
-
 def test_a_call_that_waits_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch does not recover from a capture that fails."""
     modes = ["default"]
@@ -283,30 +257,27 @@ def copies(num: int, megabytes: int = 64) -> list[Callable[[], Tensor]]:
 def test_gpu_timers_agree() -> None:
     with device_time.work_on(DEVICE):
         graph = percentiles_us(device_time.graph_seconds(copies(4), replays=10))["p50_us"]
-        profiler = percentiles_us(device_time.profiled_seconds(copies(4)))["p50_us"]
         twice = [lambda call=call: (call(), call()) for call in copies(4)]
         double = percentiles_us(device_time.graph_seconds(twice, replays=10))["p50_us"]
         host = device_time.host_seconds(copies(4)) * 1e6
         bandwidth = device_time.copy_bytes_per_second(
             DEVICE, lambda calls: time_calls(calls, DEVICE)
         )
-    assert graph == pytest.approx(profiler, rel=0.3)
     assert double == pytest.approx(2 * graph, rel=0.3)
     assert 0.5 < host < 500
     assert 2 * 64 * 2**20 / (graph / 1e6) == pytest.approx(bandwidth, rel=0.6)
 
 
 @pytest.mark.gpu
-def test_a_call_that_cannot_be_captured_is_profiled() -> None:
-    x = torch.ones(1000, device=DEVICE)
+def test_a_failed_capture_leaves_a_device_that_works() -> None:
+    x = torch.ones(2**22, device=DEVICE)
     with device_time.work_on(DEVICE):
-        assert time_calls([lambda: x.sum().item()], DEVICE).timer == "profiler"
-        # Afterwards the device still works, draws, and captures.
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            time_calls([lambda: x.sum().item()], DEVICE)
         assert torch.rand(10, device=DEVICE).isfinite().all()
-        assert time_calls([lambda: x.sum()], DEVICE).timer == "graph"
-    held = torch.ones(2**22, device=DEVICE)
-    peak = device_time.peak_bytes(lambda: (held + 1) * 2, DEVICE)
-    assert peak == pytest.approx(2 * held.numel() * 4, rel=0.01)
+        assert time_calls([lambda: x.sum()], DEVICE)
+    peak = device_time.peak_bytes(lambda: (x + 1) * 2, DEVICE)
+    assert peak == pytest.approx(2 * x.numel() * 4, rel=0.01)
 
 
 @pytest.mark.gpu
@@ -322,6 +293,6 @@ def test_benchmark_on_a_gpu() -> None:
     rows = [row for new in measure(options) for row in new]
     assert len(rows) == 2 * 3 * 3
     for row in rows:
-        assert (row["status"], row["timer"]) == ("ok", "graph"), row
+        assert row["status"] == "ok", row
         assert row["host_us"] > 0
         assert row["peak_memory_mb"] > 0

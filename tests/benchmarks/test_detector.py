@@ -82,8 +82,6 @@ def test_tiny_passes_write_rows(tmp_path: Path) -> None:
     ("arguments", "reason"),
     [
         (["--presets", "huge"], "known are ms-detr-r50-300"),
-        (["--batches", "0"], "batch must be at least 1"),
-        (["--steps", "0"], "steps must be at least 1"),
         (["--published", "no/such/folder"], "has no package `models`"),
         ([*TINY, "--implementations", "compiled-graphs"], "CUDA graphs need a GPU"),
     ],
@@ -227,15 +225,6 @@ def test_operations_are_those_of_the_published_tables() -> None:
 
 def test_overlapping_spans_count_once() -> None:
     assert covered([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.0)]) == 4.0
-
-
-@pytest.mark.parametrize("draw", [report.draw_plots, report.print_tables])
-def test_files_without_rows_are_refused(draw: Any, tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    for text in ("[]", "[", '[{"benchmark": "train_step"}]'):
-        path.write_text(text)
-        with pytest.raises(SystemExit):
-            draw([str(path)])
 
 
 @pytest.mark.skipif(

@@ -17,8 +17,7 @@ from benchmarks.loader.pipelines import (
     CACHED,
     IMPLEMENTATIONS,
     OURS,
-    TORCHVISION_PIL,
-    TORCHVISION_TENSOR,
+    TORCHVISION,
     Source,
     build_pipeline,
 )
@@ -72,7 +71,7 @@ def test_stages_compute_the_samples_of_the_loader(name: str, source: Source) -> 
 
 def test_peers_draw_from_the_same_distribution(source: Source) -> None:
     """Sizes of results on one image, ours and those of torchvision's transforms."""
-    ours, peer = build_pipeline(OURS, source), build_pipeline(TORCHVISION_TENSOR, source)
+    ours, peer = build_pipeline(OURS, source), build_pipeline(TORCHVISION, source)
     decoded = peer.decode(0, 0)
     torch.manual_seed(0)
     theirs = [peer.augment(decoded)[0].shape[1:] for _ in range(150)]
@@ -98,10 +97,10 @@ def test_a_slow_loader_fails_the_check() -> None:
         where = {"implementation": name, "stage": "whole", "workers": workers}
         return {**where, "images_per_second_per_core": rate}
 
-    peer = row(TORCHVISION_PIL, 60.0)
+    peer = row(TORCHVISION, 60.0)
     assert find_failures([row(OURS, 61.0), peer, row(CACHED, 1.0)]) == []
     assert len(find_failures([row(OURS, 59.0), peer])) == 1
-    assert len(find_failures([row(OURS, 44.0), row(TORCHVISION_PIL, 40.0)])) == 1
+    assert len(find_failures([row(OURS, 44.0), row(TORCHVISION, 40.0)])) == 1
     assert len(find_failures([row(OURS, float("nan")), peer])) == 2
     assert find_failures([row(OURS, 50.0, workers=2), peer]) == []
 
