@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 Row = dict[str, Any]
@@ -33,12 +32,6 @@ def environment(device: torch.device) -> Row:
         "commit": _commit(),
         "threads": torch.get_num_threads(),
     }
-
-
-def percentiles(seconds: Sequence[float]) -> tuple[float, float]:
-    """Median and 80th percentile."""
-    p50, p80 = np.quantile(np.asarray(seconds), (0.5, 0.8)).tolist()
-    return p50, p80
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -138,25 +138,6 @@ def _build_deformops() -> Run:
     return run
 
 
-def _build_deformops_float32() -> Run:
-    msda = importlib.import_module("deformops.registry").msda
-
-    def run(inputs: Inputs) -> Tensor:
-        heads = inputs.value.shape[2]
-        output: Tensor = msda(
-            inputs.value,
-            inputs.table.shapes,
-            inputs.table.starts,
-            sampling_locations(inputs),
-            inputs.logits.unflatten(-1, (heads, -1)),
-            softmax=True,
-            fp32acc=True,
-        )
-        return output
-
-    return run
-
-
 def _build_transformers() -> Run:
     name = "transformers.models.deformable_detr.modeling_deformable_detr"
     attention = importlib.import_module(name).MultiScaleDeformableAttention()
@@ -184,9 +165,6 @@ _ALL = (
     Implementation("deformops", _build_deformops, package="deformops", needs_gpu=True),
     Implementation("reference", lambda: _reference, takes_projection=True),
     Implementation("msdetr", lambda: _standard, kernel="ms_deform_attn"),
-    Implementation(
-        "deformops-fp32acc", _build_deformops_float32, package="deformops", needs_gpu=True
-    ),
     Implementation("transformers", _build_transformers, package="transformers"),
 )
 

@@ -65,7 +65,6 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 are summed in the type of `value`, and none for coordinates of that type."""
 
 _FIRST = ("msdetr-fused", "deformops", "reference")
-_SECOND = ("msdetr", "deformops-fp32acc")
 
 _MEASURED = (
     "p20_us",
@@ -150,26 +149,21 @@ def plan(
 
     Those are of the first type and spread: ours, deformops, the reference and ops given by path.
     """
-    pairs: list[tuple[tuple[int, ...], Case, Implementation]] = []
-    types, spreads = enumerate(options.dtypes), list(enumerate(options.spreads))
-    for (type_rank, dtype), (
-        spread_rank,
-        spread,
-    ), shape, batch, implementation in itertools.product(
-        types, spreads, options.shapes, options.batches, implementations
-    ):
-        rank = _rank(implementation)
-        tier = rank + min(type_rank, 1) + min(spread_rank, 1)
-        case = Case(shape, SHAPES[shape], batch, DTYPES[dtype], spread)
-        pairs.append(((tier, type_rank, spread_rank, rank), case, implementation))
-    pairs.sort(key=lambda pair: pair[0])
-    return [(case, implementation) for _, case, implementation in pairs]
+    pairs = [
+        (Case(shape, SHAPES[shape], batch, DTYPES[dtype], spread), implementation)
+        for dtype, spread, shape, batch, implementation in itertools.product(
+            options.dtypes, options.spreads, options.shapes, options.batches, implementations
+        )
+    ]
 
+    def tier(pair: tuple[Case, Implementation]) -> int:
+        case, implementation = pair
+        is_first = (case.dtype == DTYPES[options.dtypes[0]], case.spread == options.spreads[0])
+        # Ops given by path are as interesting as the first.
+        is_later = implementation.name in IMPLEMENTATIONS and implementation.name not in _FIRST
+        return is_later + is_first.count(False)
 
-def _rank(implementation: Implementation) -> int:
-    if implementation.name in _FIRST or implementation.name not in IMPLEMENTATIONS:
-        return 0
-    return 1 if implementation.name in _SECOND else 2
+    return sorted(pairs, key=tier)
 
 
 @functools.lru_cache(maxsize=8)

@@ -67,11 +67,6 @@ class Options:
         """The cases to compile."""
         return [case for case in CASES if self.cases in case.title]
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether all cases are compiled for all architectures."""
-        return len(self.selected) == len(CASES) and set(self.architectures) == set(ARCHITECTURES)
-
 
 def table_path(folder: Path, version: str) -> Path:
     """The file of the rows of a Triton version, such as `3.8.0`."""
@@ -136,8 +131,10 @@ def main(arguments: Sequence[str]) -> int:
     stored: list[Row] = json.loads(table.read_text(encoding="utf-8")) if table.is_file() else []
     if not options.check:
         measured = {row_key(row) for row in rows}
+        known = {case.title for case in CASES}
         kept = [row for row in stored if row_key(row) not in measured]
-        write_rows(table, rows if options.is_complete else [*kept, *rows])
+        kept = [row for row in kept if f"{row['case']} {row['dtype']}" in known]
+        write_rows(table, [*kept, *rows])
         return 0
     problems = check(rows, stored)
     print(f"\n{len(rows)} rows of Triton {version}, {len(problems)} problems", *problems, sep="\n")

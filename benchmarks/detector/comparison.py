@@ -22,8 +22,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from benchmarks.cli import require_at_least
@@ -33,7 +35,6 @@ from benchmarks.common import (
     environment,
     group_rows,
     peak_memory_mb,
-    percentiles,
     print_table,
 )
 from benchmarks.detector.cases import Case, Dtype
@@ -378,7 +379,7 @@ def _take_turns(workers: Sequence[Worker], calls: int) -> list[list[Durations]]:
 
 
 def _row(worker: Worker, case: Case, durations: Sequence[Durations], phases: Sequence[str]) -> Row:
-    p50, p80 = percentiles([duration["total"] for duration in durations])
+    p50, p80 = np.quantile([duration["total"] for duration in durations], (0.5, 0.8)).tolist()
     row: Row = {
         "preset": case.preset,
         "implementation": worker.implementation,
@@ -395,7 +396,7 @@ def _row(worker: Worker, case: Case, durations: Sequence[Durations], phases: Seq
     }
     for phase in phases:
         known = phase in durations[0]
-        row[f"{phase}_seconds"] = percentiles([d[phase] for d in durations])[0] if known else None
+        row[f"{phase}_seconds"] = median(d[phase] for d in durations) if known else None
     return row | worker.call(_facts, p50)
 
 

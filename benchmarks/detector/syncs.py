@@ -40,23 +40,17 @@ PACKAGE = Path(msdetr.__file__).parent
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Case):
     """Count what makes the host wait for a GPU in one training step."""
 
-    preset: str = "ms-detr-r50-300"
-    """Recipe, by name."""
-    batch: int = 2
-    """Images of a micro-batch."""
-    accumulation_steps: int = 1
-    """Micro-batches of the step."""
-    activation_checkpointing: Literal["none", "encoder", "all"] = "none"
-    """Parts whose activations are computed again in the backward pass."""
     height: int = 128
     """Image height in pixels."""
     width: int = 160
     """Image width in pixels."""
-    num_targets: int = 7
-    """Boxes per image."""
+    accumulation_steps: int = 1
+    """Micro-batches of the step, each of `batch` images."""
+    activation_checkpointing: Literal["none", "encoder", "all"] = "none"
+    """Parts whose activations are computed again in the backward pass."""
     device: Literal["auto", "cuda", "pretend"] = "auto"
     """Where to compute; `auto` takes CUDA where there is one, and else pretends."""
     impl: Literal["auto", "reference"] = "auto"
@@ -65,11 +59,9 @@ class Options:
     """Folder of the published code; its step is then counted as well, on the pretended device."""
     check: bool = False
     """Exit with 1 if the host waits."""
-    seed: int = 0
-    """Seed of weights, images, targets and dropout."""
 
     def __post_init__(self) -> None:
-        self.case  # noqa: B018 # it checks its values
+        super().__post_init__()
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is cuda, and there is none")
         if self.device == "pretend" and torch.cuda.is_available():
@@ -84,22 +76,10 @@ class Options:
         """Whether the step runs on a GPU."""
         return self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
 
-    @property
-    def case(self) -> Case:
-        """The step, as in `benchmarks.detector train`."""
-        return Case(
-            preset=self.preset,
-            batch=self.batch,
-            height=self.height,
-            width=self.width,
-            num_targets=self.num_targets,
-            seed=self.seed,
-        )
-
 
 def build_step(options: Options, device: torch.device) -> Step:
     """A step of the trainer with EMA weights, on batches of the host."""
-    config = options.case.config
+    config = options.config
     config = replace(
         config,
         train=replace(
@@ -115,7 +95,7 @@ def build_step(options: Options, device: torch.device) -> Step:
     trainer.criterion.impl = options.impl
     if pretended.is_pretended(device) and options.impl == "auto":
         trainer.criterion.impl = "triton"
-    batch = random_batch(options.case)
+    batch = random_batch(options)
     if device.type == "cuda":  # as the loader does it
         batch = tree_map(Tensor.pin_memory, batch)
     micro_batches = [batch] * options.accumulation_steps
@@ -130,7 +110,7 @@ def build_published_step(options: Options, device: torch.device) -> Step:
     """A step of the published code, on a batch of the device."""
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.pth"
-        setup = Setup("published", options.case, device, options.published, weights)
+        setup = Setup("published", options, device, options.published, weights)
         return PublishedStep(setup).call
 
 

@@ -137,8 +137,8 @@ def test_compiles_stores_and_checks(tmp_path: Path) -> None:
             check=False,
         )
 
-    other = {"kernel": "k", "case": "other", "dtype": "float16", "architecture": "sm_90"}
-    table.write_text(json.dumps([other]))
+    other = {"kernel": "k", "case": "encoder", "dtype": "float16", "architecture": "sm_90"}
+    table.write_text(json.dumps([other, {**other, "case": "gone"}]))
     process = run()
     assert process.returncode == 0, process.stderr
     kept, row = json.loads(table.read_text())

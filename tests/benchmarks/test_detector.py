@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks.detector import comparison, inference, report, train
-from benchmarks.detector.cases import Case, random_batch
+from benchmarks.detector.cases import Case
 from benchmarks.detector.comparison import (
     TOLERANCES,
     Setup,
@@ -78,39 +78,10 @@ def test_tiny_passes_write_rows(tmp_path: Path) -> None:
     assert report.print_tables([str(path)]) == 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        (["--presets", "huge"], "known are ms-detr-r50-300"),
-        (["--published", "no/such/folder"], "has no package `models`"),
-        ([*TINY, "--implementations", "compiled-graphs"], "CUDA graphs need a GPU"),
-    ],
-)
-def test_wrong_options_are_refused(
-    arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        train.main(arguments)
-    assert exit_.value.code == 2
-    assert reason in capsys.readouterr().err.replace("\n", " ")
-
-
 def test_the_published_code_runs_first() -> None:
     """Ours load its initial weights."""
     assert choose_implementations((), CPU, None) == ["eager", "compiled"]
     assert choose_implementations((), CPU, Path())[0] == "published"
-
-
-def test_batch_is_determined_by_the_case() -> None:
-    case = Case(preset="tiny", batch=3, height=48, width=80, num_targets=5)
-    batch = random_batch(case)
-    assert batch.images.pixels.shape == (3, 3, 48, 80)
-    centers, sides = batch.targets.boxes[:, :5].chunk(2, dim=-1)
-    assert (centers - sides / 2 >= -1e-6).all()
-    assert (centers + sides / 2 <= 1 + 1e-6).all()
-    assert torch.equal(batch.images.pixels, random_batch(case).images.pixels)
-    other = random_batch(dataclasses.replace(case, seed=1))
-    assert not torch.equal(batch.images.pixels, other.images.pixels)
 
 
 @pytest.mark.parametrize("name", ["ms-detr-r50-300", "ms-detr-pp-r50-300", "ms-detr-pp-r50-900"])

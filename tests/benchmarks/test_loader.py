@@ -84,14 +84,6 @@ def test_peers_draw_from_the_same_distribution(source: Source) -> None:
         assert 0.7 < statistics.stdev(first) / statistics.stdev(second) < 1.4
 
 
-def test_the_data_set_is_repeated() -> None:
-    with data_source(Options(images=70)) as source:
-        annotations = build_pipeline(OURS, source).dataset.annotations
-        assert len(annotations) == 70
-        assert annotations.file_name(64) == annotations.file_name(0)
-        assert torch.equal(annotations.targets(64)[1], annotations.targets(0)[1])
-
-
 def test_a_slow_loader_fails_the_check() -> None:
     def row(name: str, rate: float, workers: int = 0) -> dict[str, object]:
         where = {"implementation": name, "stage": "whole", "workers": workers}
