@@ -8,6 +8,7 @@ OUT ?= benchmarks/results
 GPU_SECONDS ?= 570
 PUBLISHED ?=
 GPU_PROCESSES ?= -n 8
+TIMED_TESTS := $(addprefix tests/benchmarks/,test_attention.py test_assignment.py test_tune.py)
 GPU_SIZE := --device cuda --height 800 --width 1333
 VENV := .venv
 BIN := $(VENV)/bin
@@ -75,8 +76,8 @@ gpu-tests:  ## on a GPU: tests of the kernels, and tests that need a GPU
 		tests/ops/test_focal_loss.py; \
 	tests parity 60 $(GPU_PROCESSES) tests/parity -k "msda or one_to or losses" --impl triton; \
 	tests steps 240 $(GPU_PROCESSES) -m gpu --continue-on-collection-errors --ignore tests/ops \
-		--ignore tests/benchmarks; \
-	tests benchmarks 120 -m gpu tests/benchmarks; \
+		$(addprefix --ignore ,$(TIMED_TESTS)); \
+	tests timers 90 -m gpu $(TIMED_TESTS); \
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 gpu-benchmarks:  ## on a GPU: benchmarks of the whole detector and its parts; JSON rows in OUT

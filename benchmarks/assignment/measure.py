@@ -49,7 +49,7 @@ GPU_ANCHORS = 22223
 """Tokens of an image of 800 x 1333 pixels on four levels."""
 CPU_ANCHORS = 2223
 MIN_SPEEDUP = 10.0
-"""Of the one-to-many reference over the published loop, for `--check`."""
+"""Required speedup of the one-to-many reference over the published loop, for `--check`."""
 
 _MEASURED = ("p20_us", "p50_us", "p80_us", "device_us", "launches", "host_waits", "speedup")
 """Fields that are None in the row of an implementation that was not timed."""

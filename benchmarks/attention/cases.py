@@ -30,7 +30,7 @@ class Shape:
     num_queries: int | None
     """None: the pixels of the levels."""
     check_levels: SpatialShapes
-    """Of the small case for comparing results."""
+    """Levels of the small case for comparing results."""
     num_heads: int = 8
     head_dim: int = 32
     num_points: int = 4

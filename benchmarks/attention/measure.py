@@ -89,7 +89,7 @@ class Options:
     """Time deformable attention: ours, the reference, and what else is installed."""
 
     shapes: tuple[str, ...] = ("encoder", "decoder-300", "decoder-900")
-    """Of encoder, decoder-300, decoder-900, tiny and tiny-decoder."""
+    """From encoder, decoder-300, decoder-900, tiny and tiny-decoder."""
     batches: tuple[int, ...] = (2, 8)
     """Images per call."""
     dtypes: tuple[Literal["bfloat16", "float32", "float16"], ...] = (

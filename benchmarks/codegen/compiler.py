@@ -23,7 +23,7 @@ class Code(NamedTuple):
     num_warps: int
     shared_bytes: int
     tensor_columns: int
-    """Of tensor memory (sm_100)."""
+    """Columns of tensor memory (sm_100)."""
     ptx: str
     cubin: bytes
 

@@ -27,7 +27,7 @@ from benchmarks.common import Row
 @dataclass(frozen=True)
 class _Limits:
     shared_bytes: int
-    """Of a multiprocessor."""
+    """Shared memory of a multiprocessor."""
     warps: int = 64
     programs: int = 32
     registers: int = 65536

@@ -19,7 +19,7 @@ from msdetr.structures import Batch, ImageBatch
 Dtype = Literal["float32", "bfloat16"]
 
 NUM_CLASSES = 91
-"""Of COCO."""
+"""Number of COCO's classes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,7 @@ class Options(Case):
     device: Literal["auto", "cuda", "pretend"] = "auto"
     """Where to compute; `auto` takes CUDA where there is one, and else pretends."""
     impl: Literal["auto", "reference"] = "auto"
-    """Of assignment and losses; `reference` counts the waits of the reference."""
+    """Implementation of assignment and losses; `reference` counts the waits of the reference."""
     published: Path | None = None
     """Folder of the published code; its step is then counted as well, on the pretended device."""
     check: bool = False

@@ -44,7 +44,7 @@ _COLUMNS = {
     "relative_area:.3f seconds:.2f",
     "target_buckets": "batch shapes mean_targets:.1f mean_slots:.1f padded_share:.3f",
 }
-"""Of the printed tables, by benchmark."""
+"""Columns of the printed tables, by benchmark."""
 
 
 @dataclass(frozen=True, kw_only=True)

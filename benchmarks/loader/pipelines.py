@@ -55,7 +55,7 @@ class Pipeline(Protocol):
     """A way from files to batches. A position is that of a sample in an epoch."""
 
     num_images: int
-    """Of the set."""
+    """Number of images in the set."""
 
     def decode(self, epoch: int, position: int) -> Any:
         """The first stage: an image in memory."""

@@ -42,7 +42,7 @@ DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else CPU
 TINY = ["--shapes", "tiny", "--batches", "2", "--spreads", "1", "--repetitions", "3"]
 TINY += ["--implementations", "reference", "--device", "cpu"]
 NUMBERS = itertools.count()
-"""Of modules: a name is imported once."""
+"""Numbers of modules, as a name is imported only once."""
 
 
 def tiny_case(shape: str = "tiny", dtype: torch.dtype = torch.float32) -> Case:
