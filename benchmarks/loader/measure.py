@@ -39,7 +39,7 @@ from benchmarks.loader.pipelines import (
     Pipeline,
     Source,
     build_pipeline,
-    generate_images,
+    generate_data_set,
 )
 from benchmarks.processes import Worker
 from msdetr.cli.options import parse_options, user_errors
@@ -98,30 +98,13 @@ def data_source(options: Options) -> Iterator[Source]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if options.root is None:
-            images, entries = folder, generate_images(folder, min(options.images, 64))
-            boxes = _center_boxes(entries)
-            content = {"images": entries, "annotations": boxes, "categories": [_THING]}
+            images, content = folder, generate_data_set(folder, min(options.images, 64))
         else:
             images, file = resolve_split(DataConfig(root=options.root), "train")
             content = read_instances_json(file)
         annotations = folder / "annotations.json"
         annotations.write_text(json.dumps(_repeat(content, options.images)))
         yield Source(images, annotations, options.batch)
-
-
-_THING = {"id": 1, "name": "thing"}
-
-
-def _center_boxes(images: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {
-            "id": image["id"],
-            "image_id": image["id"],
-            "category_id": 1,
-            "bbox": [image["width"] / 4, image["height"] / 4, 100, 100],
-        }
-        for image in images
-    ]
 
 
 def _repeat(content: dict[str, Any], count: int) -> dict[str, Any]:

@@ -224,15 +224,15 @@ class TorchvisionPipeline(Dataset[Any]):
         return self.augment(self.decode(0, index))
 
 
-def generate_images(folder: Path, count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Writes `count` JPEG files of COCO's most frequent sizes and about its bytes per pixel.
+def generate_data_set(folder: Path, count: int, seed: int = 0) -> dict[str, Any]:
+    """Write JPEG files of COCO's most frequent sizes, with about its bytes per pixel.
 
     Returns:
-        their entries for an annotation file.
+        the content of their annotation file, with a box per image.
     """
     rng = np.random.default_rng(seed)
     sizes = ((640, 480), (480, 640), (640, 427), (500, 375), (640, 426), (427, 640))
-    entries = []
+    images, boxes = [], []
     for image_id in range(1, count + 1):
         width, height = sizes[int(rng.integers(len(sizes)))]
         coarse = rng.integers(0, 256, (height // 20, width // 20, 3), dtype=np.uint8)
@@ -241,5 +241,7 @@ def generate_images(folder: Path, count: int, seed: int = 0) -> list[dict[str, A
         pixels = (np.asarray(smooth) + noise).clip(0, 255).astype(np.uint8)
         name = f"{image_id:012d}.jpg"
         Image.fromarray(pixels).save(folder / name, quality=90)
-        entries.append({"id": image_id, "file_name": name, "width": width, "height": height})
-    return entries
+        images.append({"id": image_id, "file_name": name, "width": width, "height": height})
+        box = [width / 4, height / 4, 100, 100]
+        boxes.append({"id": image_id, "image_id": image_id, "category_id": 1, "bbox": box})
+    return {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "thing"}]}

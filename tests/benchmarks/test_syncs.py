@@ -196,7 +196,7 @@ def _run_without_gpu(*arguments: str) -> str:
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     pytest.importorskip("triton")
-    path = tmp_path_factory.mktemp("step_syncs") / "seen.json"
+    path = tmp_path_factory.mktemp("syncs") / "seen.json"
     _run_without_gpu(__file__, str(path))
     return json.loads(path.read_text())
 
