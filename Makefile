@@ -1,22 +1,23 @@
-# Everything runs in .venv, made on first use, except for `make gpu` and its parts: those take PYTHON
-# as it is, so that they work without a network. `make demo` and `make test` need Python 3.11+ and make.
+# All targets run in .venv, which is created on first use, except `make gpu` and its parts: those use
+# PYTHON directly, so that they work without a network. `make demo` and `make test` need Python 3.11+.
 
 PYTHON ?= python3
-# Where `make gpu` stores its rows, how many seconds each of its parts may take, the folder of the
-# published code, which it then measures too, and how its tests share the GPU.
+# Options of `make gpu`: the folder of its rows, the time limit of each of its parts in seconds, the
+# folder of the published code (which is then measured too), and how tests share the GPU.
 OUT ?= benchmarks/results
 GPU_SECONDS ?= 570
 PUBLISHED ?=
 GPU_PROCESSES ?= -n 8
+TIMED_TESTS := $(addprefix tests/benchmarks/,test_attention.py test_assignment.py test_tune.py)
 GPU_SIZE := --device cuda --height 800 --width 1333
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-# A process per core; a file's tests stay together, with its fixtures, in the order of tests/conftest.py.
+# One process per core. Tests of a file share a process and its fixtures.
 ALL_CORES := -n auto --dist loadfile --no-loadscope-reorder
 
-# Waiting OpenMP threads soon sleep: spinning, they slow the processes that share their cores.
+# Idle OpenMP threads sleep soon. Spinning would slow the other processes on their cores.
 export GOMP_SPINCOUNT ?= 1000
 
 .DEFAULT_GOAL := help
@@ -30,7 +31,7 @@ $(VENV)/bin/python:
 		|| { echo "$(PYTHON) is older than Python 3.11: set PYTHON=/path/to/python3.11 or newer"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# The stamps are renewed when pyproject.toml changes, so a second run installs nothing.
+# The stamps depend on pyproject.toml, so a second run installs nothing.
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	$(PIP) --editable .
 	@touch $@
@@ -48,9 +49,9 @@ test: $(VENV)/.installed-dev  ## run the test suite, on all cores
 	$(BIN)/python -m pytest $(ALL_CORES)
 	$(BIN)/python -m pytest $(ALL_CORES) -q tests/parity -k "msda or one_to or losses" --impl triton
 
-# Most valuable first. A step that fails or takes too long is named at the end; the others run all the
-# same, as long as there is time. Tests are told as they end, and benchmarks write their rows as they
-# come, so that none is lost.
+# Steps run in order of value. A step that fails or exceeds its time limit is listed at the end, and
+# the others still run while there is time. Tests are reported as they finish, and benchmarks write
+# each row at once, so that a timeout loses nothing.
 define GPU_STEPS
 begin=$$(date +%s); failed=""; \
 left() { echo $$(($(GPU_SECONDS) + begin - $$(date +%s))); }; \
@@ -66,8 +67,8 @@ gpu:  ## on a GPU: gpu-tests, then gpu-benchmarks, each in GPU_SECONDS
 	@failed=0; for part in gpu-tests gpu-benchmarks; do $(MAKE) --no-print-directory $$part || failed=1; done; \
 	exit $$failed
 
-# Kernels compile on the host, so that several processes share the GPU; what measures has it alone.
-gpu-tests:  ## on a GPU: tests of the kernels, and those that need one
+# Kernels compile on the host, so several processes share the GPU; measurements run alone on it.
+gpu-tests:  ## on a GPU: tests of the kernels, and tests that need a GPU
 	@$(GPU_STEPS); \
 	tests() { name=$$1; limit=$$2; shift 2; step "$$name" "$$limit" pytest -v --durations 5 "$$@"; }; \
 	tests kernels 200 $(GPU_PROCESSES) tests/ops/test_ms_deform_attn_kernel.py \
@@ -75,23 +76,22 @@ gpu-tests:  ## on a GPU: tests of the kernels, and those that need one
 		tests/ops/test_focal_loss.py; \
 	tests parity 60 $(GPU_PROCESSES) tests/parity -k "msda or one_to or losses" --impl triton; \
 	tests steps 240 $(GPU_PROCESSES) -m gpu --continue-on-collection-errors --ignore tests/ops \
-		--ignore-glob "*/test_bench_*" --ignore tests/test_tune_ms_deform_attn.py; \
-	tests timers 90 -m gpu tests/test_bench_ms_deform_attn.py tests/test_bench_reductions.py \
-		tests/test_bench_assignment.py tests/test_tune_ms_deform_attn.py; \
+		$(addprefix --ignore ,$(TIMED_TESTS)); \
+	tests timers 90 -m gpu $(TIMED_TESTS); \
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 gpu-benchmarks:  ## on a GPU: benchmarks of the whole detector and its parts; JSON rows in OUT
 	@mkdir -p "$(OUT)"; $(GPU_STEPS); \
 	train_step() { \
 		name=$$1; limit=$$2; shift 2; \
-		step "$$name" "$$limit" benchmarks.bench_train_step $(GPU_SIZE) --steps 20 --warmup 3 \
+		step "$$name" "$$limit" benchmarks.detector train $(GPU_SIZE) --steps 20 --warmup 3 \
 			--time-budget $$((limit - 40)) --output "$(OUT)/$${name}_cuda.json" "$$@"; \
 	}; \
-	step ms_deform_attn 110 benchmarks.bench_ms_deform_attn \
+	step ms_deform_attn 110 benchmarks.attention \
 		--time-budget 80 --output "$(OUT)/ms_deform_attn.json"; \
 	train_step train_step 200 --batches 2 8 --dtypes bfloat16 \
 		--implementations eager compiled-graphs compiled; \
-	step inference 90 benchmarks.bench_inference $(GPU_SIZE) --passes 50 --warmup 5 --batches 1 8 \
+	step inference 90 benchmarks.detector inference $(GPU_SIZE) --passes 50 --warmup 5 --batches 1 8 \
 		--dtypes bfloat16 --implementations eager compiled-graphs \
 		--time-budget 50 --output "$(OUT)/inference_cuda.json"; \
 	train_step one_to_many 90 --presets ms-detr-pp-r50-300 deformable-detr-pp-r50-300 \
@@ -100,10 +100,8 @@ gpu-benchmarks:  ## on a GPU: benchmarks of the whole detector and its parts; JS
 		train_step published 120 --published "$(PUBLISHED)" --dtypes float32 bfloat16 \
 			--implementations published compiled-graphs; \
 	fi; \
-	step assignment 60 benchmarks.bench_assignment --device cuda \
+	step assignment 60 benchmarks.assignment --device cuda \
 		--time-budget 30 --output "$(OUT)/assignment_cuda.json"; \
-	step reductions 70 benchmarks.bench_reductions --time-budget 40 \
-		--output "$(OUT)/reductions.json"; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
@@ -115,5 +113,5 @@ format: $(VENV)/.installed-dev  ## reformat the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove .venv, caches and what the demo wrote
+clean:  ## remove .venv, caches and the output of the demo
 	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,1 +1,4 @@
-"""Benchmarks: each is a module to run, checks its numbers first and writes JSON rows."""
+"""Benchmarks: `python -m benchmarks.PACKAGE [VERB] [options]` checks its numbers, then writes rows.
+
+The packages are `detector`, `attention`, `assignment`, `loader` and `codegen`.
+"""

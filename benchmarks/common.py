@@ -1,4 +1,4 @@
-"""What every benchmark needs: where it ran, how long it took, and where the rows go."""
+"""Shared by all benchmarks: rows, the environment of a measurement, and printed tables."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ import platform
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 Row = dict[str, Any]
 """One measurement: a flat JSON object."""
 
-_ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).with_name("results")
+"""Folder of the stored rows."""
 
 
 def environment(device: torch.device) -> Row:
-    """The fields that say where a row was measured."""
+    """The fields that describe where a row was measured."""
     return {
         "device": _device_name(device),
         "torch": torch.__version__,
@@ -35,14 +34,8 @@ def environment(device: torch.device) -> Row:
     }
 
 
-def percentiles(seconds: Sequence[float]) -> tuple[float, float]:
-    """Median and 80th percentile."""
-    p50, p80 = np.quantile(np.asarray(seconds), (0.5, 0.8)).tolist()
-    return p50, p80
-
-
 def peak_memory_mb(device: torch.device) -> float:
-    """Most memory in use so far, in MiB: allocated on a GPU, or resident in this process."""
+    """Maximum memory so far in MiB: allocated on a GPU, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -50,13 +43,23 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write `rows` as a JSON list, in the place of a file that is already there."""
+    """Write `rows` as a JSON list, a line per row; replaces an existing file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(list(rows), indent=2) + "\n")
+    path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+
+
+def collect_rows(batches: Iterable[Sequence[Row]], output: Path | None) -> list[Row]:
+    """All rows of the batches, written to `output` after each batch."""
+    rows: list[Row] = []
+    for batch in batches:
+        rows += batch
+        if output is not None:
+            write_rows(output, rows)
+    return rows
 
 
 def read_rows(path: Path, *benchmarks: str) -> list[Row]:
-    """The rows of a file that are of one of the benchmarks.
+    """The rows in a file that belong to one of the benchmarks.
 
     Raises:
         ValueError: there are none, or the file is not JSON.
@@ -65,10 +68,10 @@ def read_rows(path: Path, *benchmarks: str) -> list[Row]:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    found = [row for row in rows if row.get("benchmark") in benchmarks]
-    if not found:
+    selected = [row for row in rows if row.get("benchmark") in benchmarks]
+    if not selected:
         raise ValueError(f"{path} holds no rows of {' or '.join(benchmarks)}")
-    return found
+    return selected
 
 
 def group_rows(rows: Iterable[Row], *names: str) -> Iterable[tuple[tuple[Any, ...], list[Row]]]:
@@ -92,60 +95,25 @@ def new_figure(figsize: tuple[float, float]) -> Any:
     return figure(figsize=figsize, layout="constrained")
 
 
-def print_table(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
-    """Print the fields named by `columns`, each with its format, one line per row; None as `-`."""
-    cells = [list(columns)] + [
-        ["-" if row[name] is None else format(row[name], spec) for name, spec in columns.items()]
-        for row in rows
-    ]
+def print_table(rows: Sequence[Row], columns: str) -> None:
+    """Print a line per row.
+
+    Args:
+        rows: None is printed as `-`, and a mapping as `name:value` for each item.
+        columns: names of fields, each with an optional format, such as `batch seconds:.2f`.
+    """
+    fields = [column.partition(":")[::2] for column in columns.split()]
+    cells = [[name for name, _ in fields]]
+    cells += [[_cell(row[name], spec) for name, spec in fields] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
-class PhaseTimer:
-    """Times consecutive phases of work on a device.
-
-    On a GPU the marks are events of its stream: the host does not wait between phases.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._names: list[str] = []
-        self._marks: list[Any] = []
-
-    def start(self, *, wait: bool = True) -> None:
-        """Begin the first phase; with `wait`, after everything that the device still has to do."""
-        if wait:
-            self._synchronize()
-        self._names, self._marks = [], [self._mark()]
-
-    def lap(self, name: str) -> None:
-        """End the phase `name`, and begin the next."""
-        self._names.append(name)
-        self._marks.append(self._mark())
-
-    def seconds(self) -> dict[str, float]:
-        """Duration of each phase since `start`; waits for the device."""
-        self._synchronize()
-        durations = map(self._between, self._marks, self._marks[1:])
-        return dict(zip(self._names, durations, strict=True))
-
-    def _mark(self) -> Any:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-    def _between(self, begin: Any, end: Any) -> float:
-        if self._device.type != "cuda":
-            return float(end - begin)
-        return float(begin.elapsed_time(end)) / 1e3
-
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+def _cell(value: Any, spec: str) -> str:
+    if isinstance(value, Mapping):
+        value = " ".join(f"{name}:{count}" for name, count in value.items()) or None
+    return "-" if value is None else format(value, spec)
 
 
 def _device_name(device: torch.device) -> str:
@@ -167,11 +135,12 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str:
-    """The commit of this checkout, with `-dirty` where files differ from it. A copy of the files
-    alone is told by the environment (MSDETR_COMMIT)."""
-    command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    """The commit of this checkout, with `-dirty` where files differ from it.
+
+    Outside of a checkout it is read from the environment variable MSDETR_COMMIT.
+    """
+    command = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("MSDETR_COMMIT", "unknown")
-    return found.stdout.strip()

@@ -1,7 +1,7 @@
-"""How long a device works on something, how long the host needs to ask for it, and what it holds.
+"""Timers of devices: durations of calls, host time of a launch, peak memory.
 
-A timer takes several calls that do the same work on different inputs, and goes through them in turn
-so that no cache holds what a call reads.
+A timer takes several calls that do the same work on different inputs, and alternates between them,
+so that no cache holds the inputs of a call.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,26 +21,20 @@ import torch
 Call = Callable[[], object]
 
 
-class Timing(NamedTuple):
-    """Durations of a call in seconds, and how they were taken: `wall`, `graph` or `profiler`."""
+Timer = Callable[[Sequence[Call]], list[float]]
+"""Durations of a call in seconds."""
 
-    timer: str
-    seconds: list[float]
-
-
-Timer = Callable[[Sequence[Call]], Timing]
-
-LEAST_REPLAY_SECONDS = 1e-3
-"""A graph is captured as long as this, so that its launch is no part of the result."""
-_MOST_ROUNDS = 50
-_MOST_INPUT_SETS = 16
+MIN_REPLAY_SECONDS = 1e-3
+"""Minimum duration of a captured graph, so that its launch does not count."""
+_MAX_ROUNDS = 50
+_MAX_INPUT_SETS = 16
 _CPU_COPY_BYTES = 2**25
 _CUDA_COPY_BYTES = 2**30
 
 
 @contextmanager
 def work_on(device: torch.device) -> Iterator[None]:
-    """Let everything inside run on one stream of `device` that can be captured, on a GPU."""
+    """On a GPU, run everything inside on one stream of `device` that can be captured."""
     if device.type != "cuda":
         yield
         return
@@ -48,22 +42,67 @@ def work_on(device: torch.device) -> Iterator[None]:
         yield
 
 
-def time_calls(calls: Sequence[Call], device: torch.device, *, repetitions: int = 20) -> Timing:
-    """Durations on the device, by the best timer that can take them.
+class PhaseTimer:
+    """Times consecutive phases of work on a device.
+
+    On a GPU the marks are events on its stream, so the host does not wait between phases.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._names: list[str] = []
+        self._marks: list[Any] = []
+
+    def start(self, *, wait: bool = True) -> None:
+        """Begin the first phase; with `wait`, after all pending work of the device."""
+        if wait:
+            self._synchronize()
+        self._names, self._marks = [], [self._mark()]
+
+    def lap(self, name: str) -> None:
+        """End the phase `name`, and begin the next."""
+        self._names.append(name)
+        self._marks.append(self._mark())
+
+    def seconds(self) -> dict[str, float]:
+        """Duration of each phase since `start`; waits for the device."""
+        self._synchronize()
+        durations = map(self._between, self._marks, self._marks[1:])
+        return dict(zip(self._names, durations, strict=True))
+
+    def _mark(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _between(self, begin: Any, end: Any) -> float:
+        if self._device.type != "cuda":
+            return float(end - begin)
+        return float(begin.elapsed_time(end)) / 1e3
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def time_calls(
+    calls: Sequence[Call], device: torch.device, *, repetitions: int = 20
+) -> list[float]:
+    """Durations on the device: by replay of a CUDA graph on a GPU, and of wall time on a CPU.
 
     Args:
         calls: what to time.
         device: where they work.
         repetitions: durations to take; on a GPU each is a mean over all calls.
+
+    Raises:
+        RuntimeError: a call cannot be captured, for example because it reads from the device.
     """
     if device.type != "cuda":
-        return Timing("wall", wall_seconds(calls, repetitions=repetitions))
-    try:
-        return Timing("graph", graph_seconds(calls, replays=repetitions))
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        return Timing("profiler", profiled_seconds(calls))
+        return wall_seconds(calls, repetitions=repetitions)
+    return graph_seconds(calls, replays=repetitions)
 
 
 def wall_seconds(calls: Sequence[Call], *, repetitions: int) -> list[float]:
@@ -82,55 +121,29 @@ def wall_seconds(calls: Sequence[Call], *, repetitions: int) -> list[float]:
 def graph_seconds(calls: Sequence[Call], *, replays: int) -> list[float]:
     """Durations on the GPU by replay of a CUDA graph, inside `work_on`.
 
-    A replay holds every call at least once, so a duration is the mean of all inputs.
+    A replay runs every call at least once, so a duration is the mean over all inputs.
 
     Raises:
-        RuntimeError: a call cannot be captured, because it reads the device for example.
+        RuntimeError: a call cannot be captured, for example because it reads from the device.
     """
     _warm_up(calls)
     _refuse_waits(calls)
     graph = _capture(calls, rounds=1)
     # The first replay uploads the graph.
     estimate = min(_replay_seconds(graph, replays=3)[1:])
-    rounds = min(math.ceil(LEAST_REPLAY_SECONDS / estimate), _MOST_ROUNDS)
+    rounds = min(math.ceil(MIN_REPLAY_SECONDS / estimate), _MAX_ROUNDS)
     if rounds > 1:
-        del graph  # and its memory
+        del graph  # frees its memory
         graph = _capture(calls, rounds=rounds)
         _replay_seconds(graph, replays=1)
     per_replay = rounds * len(calls)
     return [seconds / per_replay for seconds in _replay_seconds(graph, replays=replays)]
 
 
-def profiled_seconds(calls: Sequence[Call], *, rounds: int = 10) -> list[float]:
-    """Durations on the GPU as the profiler's sum over kernels, copies and fills: without gaps."""
-    _warm_up(calls)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(rounds):
-            for call in calls:
-                call()
-        torch.cuda.synchronize()
-    events = [event for event in profile.events() if event.device_type.name == "CUDA"]
-    events.sort(key=lambda event: event.time_range.start)
-    durations = [event.time_range.elapsed_us() / 1e6 for event in events]
-    return sums_of_equal_parts(durations, rounds * len(calls))
-
-
-def sums_of_equal_parts(durations: Sequence[float], count: int) -> list[float]:
-    """Cut durations into `count` parts of equally many, and sum each.
-
-    Raises:
-        ValueError: there are none, or they cannot be cut so: calls did different work.
-    """
-    length, rest = divmod(len(durations), count)
-    if rest or not length:
-        raise ValueError(f"{len(durations)} device events do not make {count} equal calls")
-    return [sum(durations[i * length : (i + 1) * length]) for i in range(count)]
-
-
 def host_seconds(calls: Sequence[Call], *, chunks: int = 25, chunk: int = 4) -> float:
-    """Host time of one call on a GPU, the median of chunks that begin with an idle device.
+    """Host time of one call on a GPU: the median of chunks that begin with an idle device.
 
-    A chunk is so short that the device's queue cannot fill up and make the host wait.
+    A chunk is so short that the device's queue cannot fill up, which would make the host wait.
     """
     _warm_up(calls)
     durations = []
@@ -146,7 +159,7 @@ def host_seconds(calls: Sequence[Call], *, chunks: int = 25, chunk: int = 4) -> 
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
-    """Most GPU memory that a call holds at once, above what was allocated before."""
+    """Maximum GPU memory of a call, above what was allocated before."""
     call()
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
@@ -156,21 +169,21 @@ def peak_bytes(call: Call, device: torch.device) -> int:
 
 
 def copy_bytes_per_second(device: torch.device, timer: Timer) -> float:
-    """Memory bandwidth by a copy, counting bytes read and bytes written."""
+    """Memory bandwidth of a copy, counting bytes read and bytes written."""
     size = _CPU_COPY_BYTES
     if device.type == "cuda":
         size = min(_CUDA_COPY_BYTES, torch.cuda.mem_get_info(device)[0] // 8)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / statistics.median(timer([lambda: target.copy_(source)]).seconds)
+    return 2 * size / statistics.median(timer([lambda: target.copy_(source)]))
 
 
 def num_input_sets(bytes_read: int, device: torch.device) -> int:
-    """Sets of inputs such that reading the others replaces what a GPU's cache holds, twice."""
+    """Number of input sets such that reading the others fills a GPU's cache twice."""
     if device.type != "cuda":
         return 2
     cache = int(torch.cuda.get_device_properties(device).L2_cache_size)
-    return min(max(math.ceil(2 * cache / bytes_read), 1) + 1, _MOST_INPUT_SETS)
+    return min(max(math.ceil(2 * cache / bytes_read), 1) + 1, _MAX_INPUT_SETS)
 
 
 def percentiles_us(durations: Sequence[float]) -> dict[str, float]:
@@ -187,8 +200,11 @@ def _warm_up(calls: Sequence[Call]) -> None:
 
 
 def _refuse_waits(calls: Sequence[Call]) -> None:
-    """Raise what a capture would, where a call waits for the GPU. After a capture that failed,
-    torch's random generator and allocator still count as captured, and later work fails."""
+    """Raise RuntimeError if a call waits for the GPU, as a capture would.
+
+    After a failed capture, torch's random generator and allocator remain in capture mode, and later
+    work fails.
+    """
     torch.cuda.set_sync_debug_mode("error")
     try:
         for call in calls:
@@ -199,7 +215,7 @@ def _refuse_waits(calls: Sequence[Call]) -> None:
 
 def _capture(calls: Sequence[Call], *, rounds: int) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
-    # A Triton kernel that is collected unloads its module, which ends a capture.
+    # Garbage collection of a Triton kernel unloads its module, which breaks a capture.
     collects = gc.isenabled()
     gc.disable()
     try:

@@ -1,16 +1,18 @@
-"""How many kernels, fills and copies a computation asks a GPU for: counted on one, or without.
+"""Counts what a computation makes a GPU and its host do: launches, busy time and waits.
 
-Without a GPU, operators of torch are counted that would do something there (not views, nor
-uninitialised tensors), each as one launch, which is the least, and the launches of Triton kernels
-in Triton's interpreter. Our own operators are looked into.
+A launch is a kernel, a fill or a copy. Without a GPU, launches are counted as the operators of
+torch that would do something there (not views, nor uninitialised tensors), each as one launch, its
+minimum, and as the Triton kernels run in Triton's interpreter. Operators of this project count by
+the operators and kernels that they call.
 """
 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -35,7 +37,7 @@ _NOTHING_TO_DO = frozenset(
 
 
 def is_launch(operator: Any) -> bool:
-    """Whether an operator of torch, not made of others, does something on the device."""
+    """Whether an operator of torch that is not composed of others does work on the device."""
     return not operator.is_view and operator.overloadpacket.__name__ not in _NOTHING_TO_DO
 
 
@@ -43,11 +45,11 @@ def is_launch(operator: Any) -> bool:
 def interpreted_launches(
     on_launch: Callable[[str], None], to_host: Callable[[Any], Any] = lambda leaf: leaf
 ) -> Iterator[None]:
-    """Hear of each launch in Triton's interpreter, by the kernel's name; nothing inside counts.
+    """Call `on_launch` for each launch in Triton's interpreter; the kernel's inside does not count.
 
     Args:
-        on_launch: is told before the kernel runs.
-        to_host: what the interpreter is to see for an argument.
+        on_launch: gets the name of the kernel, before it runs.
+        to_host: maps an argument to the one that the interpreter uses.
     """
     try:
         from triton.runtime.interpreter import GridExecutor
@@ -56,13 +58,13 @@ def interpreted_launches(
         return
     launch = GridExecutor.__call__
 
-    def launch_and_tell(self: Any, *args: Any, **kwargs: Any) -> None:
+    def launch_and_report(self: Any, *args: Any, **kwargs: Any) -> None:
         on_launch(self.fn.__name__)
         args, kwargs = tree_map(to_host, (args, kwargs))
         with _disable_current_modes():
             launch(self, *args, **kwargs)
 
-    with mock.patch.object(GridExecutor, "__call__", launch_and_tell):
+    with mock.patch.object(GridExecutor, "__call__", launch_and_report):
         yield
 
 
@@ -78,7 +80,7 @@ class _CountingMode(TorchDispatchMode):
         with self:
             if operator.namespace == OUR_OPERATORS:
                 return operator.redispatch(CPU_KEYS, *args, **kwargs)
-            # Below autograd, operators that are made of others arrive as they are.
+            # Below autograd, composite operators arrive undecomposed.
             result = operator.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
@@ -89,9 +91,9 @@ class _CountingMode(TorchDispatchMode):
 
 @contextlib.contextmanager
 def count_interpreted() -> Iterator[Counter[str]]:
-    """What is done to tensors of the CPU inside would launch these on a GPU, by name.
+    """Count by name the launches that the operations inside would make on a GPU.
 
-    Kernels run in Triton's interpreter: set TRITON_INTERPRET=1.
+    They work on tensors of the CPU, and kernels in Triton's interpreter: set TRITON_INTERPRET=1.
     """
     mode = _CountingMode()
 
@@ -102,9 +104,52 @@ def count_interpreted() -> Iterator[Counter[str]]:
         yield mode.launches
 
 
-def count_on_gpu(call: Callable[[], object]) -> int:
-    """Kernels, fills and copies of a call on a GPU, which is warm."""
+_CALLS = 3
+
+
+class DeviceWork(NamedTuple):
+    """Work of a GPU in one call."""
+
+    kernels: float
+    """Kernels, fills and copies."""
+    busy_seconds: float
+    """Time in which at least one of them ran."""
+
+
+def device_work(call: Callable[[], object]) -> DeviceWork:
+    """Work of the GPU in a warm call, by the profiler.
+
+    The profiler slows the host, not the GPU, so gaps between kernels are not measured.
+    """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
+        for _ in range(_CALLS):
+            call()
         torch.cuda.synchronize()
-    return sum(event.device_type.name == "CUDA" for event in profile.events())
+    spans = [
+        (event.time_range.start, event.time_range.end)
+        for event in profile.events()
+        # Named ranges, such as an optimizer's step, are listed as device events, too.
+        if event.device_type.name == "CUDA" and not event.is_user_annotation
+    ]
+    return DeviceWork(len(spans) / _CALLS, covered(spans) / 1e6 / _CALLS)
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of spans (begin, end)."""
+    total, until = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return total
+
+
+def host_waits(call: Callable[[], object]) -> int:
+    """The number of times that a call makes the host wait for the GPU."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)

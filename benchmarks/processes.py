@@ -1,4 +1,4 @@
-"""Processes that hold what is measured, each its own imports and memory."""
+"""Worker processes: each implementation has its own imports and memory."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ T = TypeVar("T")
 class Worker(contextlib.AbstractContextManager["Worker"]):
     """One implementation in a process of its own, which ends with the context.
 
-    The process starts with the environment of this one and `environment` over it.
+    The process gets the environment of this one, updated with `environment`.
     """
 
     def __init__(self, implementation: str, environment: Mapping[str, str] | None = None) -> None:
         self.implementation = implementation
         self._process = ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"))
         with _environment(environment or {}):
-            self.call(os.getpid)  # It starts with its first call.
+            self.call(os.getpid)  # starts the process
 
     def __exit__(self, *error: object) -> None:
         self._process.shutdown()
 
     def call(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """The result of a function, called there."""
+        """Call a function in the process; its result."""
         return self._process.submit(function, *args, **kwargs).result()
 
 

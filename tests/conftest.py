@@ -30,13 +30,14 @@ LONG_FILES = (
     "ops/test_assignment_kernels.py",
     "cli/test_train.py",
     "engine/test_trainer.py",
-    "test_benchmarks.py",
+    "benchmarks/test_detector.py",
     "losses/test_criterion.py",
     "parity/test_models.py",
     "model/test_detector.py",
     "ops/test_ms_deform_attn_library.py",
-    "test_codegen.py",
-    "test_step_syncs.py",
+    "benchmarks/test_attention.py",
+    "benchmarks/test_codegen.py",
+    "benchmarks/test_syncs.py",
 )
 
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.detector_cases import Case, Dtype
+from benchmarks.detector.cases import Case, Dtype
 from msdetr.engine.device import autocast
 from msdetr.evaluation.postprocess import postprocess
 from msdetr.model.detector import build_detector

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.json"
 COMPILED_IMAGE_BUCKETS = 16
 """Default number of padded shapes of a compiled run. More of them save padding, and each takes time
-to compile (`benchmarks.image_buckets`)."""
+to compile (`python -m benchmarks.loader buckets`)."""
 
 
 def build_trainer(config: RunConfig, worker: Worker) -> Trainer:

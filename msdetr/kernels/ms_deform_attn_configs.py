@@ -1,9 +1,9 @@
 """Launch configurations of the deformable attention kernels: a table per architecture, and a rule.
 
-`ms_deform_attn_configs.json` is the table. It is written by `python -m
-benchmarks.tune_ms_deform_attn`; an empty configuration of windows means that the direct kernel is
-faster. For a case that is not in the table, the rule chooses tiles for good generated code: loads
-of 16 bytes, and as many queries per warp as registers allow.
+`python -m benchmarks.attention tune` writes the table, `ms_deform_attn_configs.json`. An empty
+configuration of windows means that the direct kernel is faster. For a case that is not in the
+table, the rule chooses tiles for good generated code: loads of 16 bytes, and as many queries per
+warp as registers allow.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.published_code import by_published_name
+from benchmarks.detector.published import by_published_name
 from msdetr.structures import ImageBatch, Targets
 
 

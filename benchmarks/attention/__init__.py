@@ -1,0 +1,1 @@
+"""Deformable attention and its kernels: durations and tuning."""

@@ -1,0 +1,1 @@
+"""Machine code of the Triton kernels, inspected without a GPU."""

@@ -1,0 +1,1 @@
+"""The whole detector: training steps, inference, and what makes the host wait."""

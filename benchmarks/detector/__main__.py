@@ -1,0 +1,15 @@
+"""`python -m benchmarks.detector {train,inference,syncs,table,plot} [options]`."""
+
+from benchmarks.cli import run
+
+if __name__ == "__main__":
+    run(
+        "detector",
+        {
+            "train": "train:main",
+            "inference": "inference:main",
+            "syncs": "syncs:main",
+            "table": "report:print_tables",
+            "plot": "report:draw_plots",
+        },
+    )

@@ -1,0 +1,1 @@
+"""The training loader, and the padding of its batches."""
