@@ -1,4 +1,4 @@
-"""Imports only go down, and nothing but a kernel needs Triton (docs/design.md, section 1)."""
+"""The import rules of docs/design/README.md: imports only go down, and only kernels need Triton."""
 
 from __future__ import annotations
 

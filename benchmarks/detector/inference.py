@@ -4,7 +4,8 @@ A pass is the model and its post-processing: from pixels on the device to detect
 image, without suppression. Each implementation post-processes with its own code. The others get
 normalised images; ours normalises within the pass. The latency is that of a pass that the host
 waits for. On a GPU, `images_per_second` is measured over passes that follow each other without
-waiting; on a CPU it is the batch over the latency. docs/benchmarks.md explains the fields of a row.
+waiting. On a CPU it is the batch size divided by the latency. docs/design/benchmarks.md explains
+the fields of a row.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A training step of each implementation: `python -m benchmarks.detector train`.
 
 A step is forward, criterion, backward, and the update (clipping and AdamW), on random images and
-targets that are on the device already. Ours is `Trainer.train_step` itself. `comparison` says how
-implementations are compared, `implementations` which they are, and docs/benchmarks.md what the
-fields of a row mean.
+targets that are on the device already. Ours is `Trainer.train_step` itself. `comparison` explains
+how implementations are compared, and `implementations` lists them. docs/design/benchmarks.md
+explains the fields of a row.
 
 Two things are left out in favour of the others. Their images are normalised beforehand, as their
 data loaders do it; our model normalises within the step. The logging of the published `engine.py`,
