@@ -14,6 +14,7 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,9 +121,20 @@ def _reference(inputs: Inputs) -> Tensor:
     )
 
 
-def _build_deformops() -> Run:
-    importlib.import_module("deformops.registry")  # registers the op
+def _compiled(build: Callable[[], Run]) -> Run:
+    # Backward is timed alone, repeatedly on one graph, so compiled code must keep its inputs.
+    config: Any = importlib.import_module("torch._functorch.config")
+    config.donated_buffer = False
+    torch.compiler.reset()  # Each case has its own shapes, and the number of graphs is limited.
+    compiled: Run = torch.compile(build(), fullgraph=True, dynamic=False)
+    return compiled
+
+
+def _build_deformops(*, float32_sums: bool = False) -> Run:
+    msda = importlib.import_module("deformops.registry").msda  # The import registers the op.
     op = torch.ops.deformops.msda_softmax
+    if float32_sums:
+        op = functools.partial(msda, softmax=True, fp32acc=True)
 
     def run(inputs: Inputs) -> Tensor:
         heads = inputs.value.shape[2]
@@ -165,6 +177,18 @@ _ALL = (
     Implementation("deformops", _build_deformops, package="deformops", needs_gpu=True),
     Implementation("reference", lambda: _reference, takes_projection=True),
     Implementation("msdetr", lambda: _standard, kernel="ms_deform_attn"),
+    Implementation(
+        "deformops-fp32acc",
+        functools.partial(_build_deformops, float32_sums=True),
+        package="deformops",
+        needs_gpu=True,
+    ),
+    Implementation(
+        "reference-compiled",
+        functools.partial(_compiled, lambda: _reference),
+        takes_projection=True,
+        needs_gpu=True,
+    ),
     Implementation("transformers", _build_transformers, package="transformers"),
 )
 

@@ -226,11 +226,7 @@ def main(arguments: Sequence[str]) -> int:
     with user_errors():
         options = parse_options(Options, arguments, prog="python -m benchmarks.detector inference")
         rows = compare(
-            options.cases,
-            options,
-            build_pass,
-            benchmark="inference",
-            repetitions=options.passes,
+            options.cases, options, build_pass, benchmark="inference", repetitions=options.passes
         )
         print_rows(collect(rows, options.output))
     return 0
