@@ -90,7 +90,8 @@ def summary(report: Report) -> str:
         f"  {report.count('error')} errors, {report.count('warning')} warnings, "
         f"{report.count('note')} notes",
     ]
-    return "\n".join(lines)
+    # Names may hold surrogates, which no terminal can show.
+    return "\n".join(lines).encode(errors="backslashreplace").decode()
 
 
 def _splits(options: DoctorOptions) -> list[tuple[Path, Path]]:

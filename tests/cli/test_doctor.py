@@ -118,6 +118,15 @@ def test_a_healthy_set(root, capsys):
     assert "0 errors, 0 warnings, 1 notes" in output
 
 
+def test_a_name_that_no_terminal_can_show_is_escaped(root, capsys):
+    root.content["images"][0]["file_name"] = "cut \ud83d.jpg"
+    status, report = root.check()
+    assert status == 1
+    assert errors_of(report)
+    assert "cut \\ud83d.jpg" in capsys.readouterr().out
+    assert refused(root, "train")
+
+
 def plant_missing(root):
     root.add_image(9).unlink()
 
