@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 from argparse import Namespace
 from dataclasses import replace
@@ -22,8 +21,8 @@ from msdetr.published import (
     config_from_published_args,
     infer_implementation,
 )
+from parity.golden import golden_models
 
-PROJECT = Path(__file__).resolve().parents[1]
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 MODEL_FLAGS = (
     "with_box_refine",
@@ -34,15 +33,6 @@ MODEL_FLAGS = (
     "use_aux_ffn",
     "dilation",
 )
-
-
-def golden_models() -> dict[str, dict]:
-    """The JSON of every golden model case, by name."""
-    folders = (PROJECT / "tests/golden", PROJECT.parent / "shared/golden")
-    contents = {
-        path.stem: json.loads(path.read_text()) for d in folders for path in d.glob("*.json")
-    }
-    return {name: content for name, content in contents.items() if "implementation" in content}
 
 
 GOLDEN_MODELS = golden_models()

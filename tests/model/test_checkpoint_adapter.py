@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import zlib
 from argparse import Namespace
@@ -28,22 +27,7 @@ from msdetr.published import (
     PUBLISHED_NUM_PROCESSES,
     config_from_published_args,
 )
-
-PROJECT = Path(__file__).resolve().parents[2]
-
-
-def golden_models() -> dict[str, dict]:
-    """The JSON of every golden model case of an implementation that we convert, by name."""
-    folders = (PROJECT / "tests/golden", PROJECT.parent / "shared/golden")
-    contents = {
-        path.stem: json.loads(path.read_text()) for d in folders for path in d.glob("*.json")
-    }
-    return {
-        name: content
-        for name, content in contents.items()
-        if "state_dict" in content and content["implementation"] in PUBLISHED_FLAGS
-    }
-
+from parity.golden import golden_models
 
 GOLDEN_MODELS = golden_models()
 golden = pytest.mark.parametrize("name", GOLDEN_MODELS)

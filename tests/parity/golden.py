@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.detector.published import by_published_name
+from msdetr.published import PUBLISHED_FLAGS
 from msdetr.structures import ImageBatch, Targets
 
 
@@ -92,6 +93,24 @@ def find_cases(folder: Path, prefixes: tuple[str, ...]) -> list[GoldenCase]:
     return [
         GoldenCase(path) for path in sorted(folder.glob("*.npz")) if path.stem.startswith(prefixes)
     ]
+
+
+def golden_models() -> dict[str, dict[str, Any]]:
+    """The JSON of each golden model of an implementation that we convert, by name.
+
+    From the cases of the suite and, where they lie beside the project, the full set.
+    """
+    project = Path(__file__).resolve().parents[2]
+    contents = {
+        path.stem: json.loads(path.read_text())
+        for folder in (project / "tests/golden", project.parent / "shared/golden")
+        for path in folder.glob("*.json")
+    }
+    return {
+        name: content
+        for name, content in contents.items()
+        if "state_dict" in content and content["implementation"] in PUBLISHED_FLAGS
+    }
 
 
 def _canonical(name: str, refined: bool) -> str:
