@@ -132,7 +132,7 @@ def _compiled(build: Callable[[], Run]) -> Run:
 
 def _build_deformops(*, float32_sums: bool = False) -> Run:
     msda = importlib.import_module("deformops.registry").msda  # The import registers the op.
-    op = torch.ops.deformops.msda_softmax
+    op: Callable[..., Tensor] = torch.ops.deformops.msda_softmax
     if float32_sums:
         op = functools.partial(msda, softmax=True, fp32acc=True)
 
