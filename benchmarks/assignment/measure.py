@@ -102,7 +102,7 @@ class Options:
     """Time assignment: ours, the reference, the published algorithm, and installed peers."""
 
     tasks: tuple[Task, ...] = ("one_to_many", "one_to_one", "encoder")
-    """What is assigned."""
+    """Tasks to measure."""
     batches: tuple[int, ...] = (2, 8, 16, 32)
     """Images per call."""
     queries: tuple[int, ...] = (300, 900)

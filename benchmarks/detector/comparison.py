@@ -118,7 +118,7 @@ class ComparisonOptions:
 
 
 class Setup(NamedTuple):
-    """What a process builds: an implementation of a case."""
+    """The implementation and the case that a process builds."""
 
     implementation: Implementation
     case: Case

@@ -22,7 +22,7 @@ class Check(NamedTuple):
 
     severity: Severity
     cure: str
-    """What the user can do."""
+    """The cure: what to do about it."""
 
 
 _CURE_ENTRY = "correct the entry or remove it"
@@ -81,7 +81,7 @@ class Finding:
 
     @property
     def cure(self) -> str:
-        """What the user can do."""
+        """The cure: what to do about it."""
         return CHECKS[self.code].cure
 
     def __str__(self) -> str:

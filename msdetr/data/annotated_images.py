@@ -22,7 +22,7 @@ class AnnotatedImages:
     """N images of an annotation table, and the M of its boxes that training uses."""
 
     table: AnnotationTable
-    """What the annotation file says."""
+    """The parsed annotation file."""
     image_folder: Path
     """Folder that file names are relative to."""
     label_map: LabelMap
