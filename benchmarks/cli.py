@@ -24,7 +24,11 @@ def run(package: str, verbs: Mapping[str, str]) -> NoReturn:
     if verb not in verbs and "" in verbs:
         verb, arguments = "", sys.argv[1:]
     if verb not in verbs:
-        exit_with_error(f"usage: python -m benchmarks.{package} {{{','.join(verbs)}}} [options]")
+        usage = f"usage: python -m benchmarks.{package} {{{','.join(verbs)}}} [options]"
+        if verb in ("-h", "--help"):
+            print(usage)
+            raise SystemExit(0)
+        exit_with_error(usage)
     module, _, function = verbs[verb].partition(":")
     main: Callable[[Sequence[str]], int] = getattr(
         importlib.import_module(f"benchmarks.{package}.{module}"), function

@@ -91,7 +91,7 @@ def new_figure(figsize: tuple[float, float]) -> Any:
     try:
         figure = importlib.import_module("matplotlib.figure").Figure
     except ImportError as error:
-        raise ValueError("plots need matplotlib: pip install 'msdetr[plot]'") from error
+        raise ValueError("plots need matplotlib: pip install -e '.[plot]'") from error
     return figure(figsize=figsize, layout="constrained")
 
 

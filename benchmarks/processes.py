@@ -29,7 +29,7 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
         self._process.shutdown()
 
     def call(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a function in the process; its result."""
+        """Call a function in the process and return its result."""
         return self._process.submit(function, *args, **kwargs).result()
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-# Tensors are small: threads would cost more than they bring, take the cores of other workers, and
-# round otherwise from machine to machine. Set before OpenMP starts, and for processes of tests.
+# Tensors are small. Threads would cost more time than they save, compete with other test workers,
+# and make rounding depend on the number of cores. Set before OpenMP starts, and for subprocesses.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
@@ -31,7 +31,7 @@ LONG_FILES = (
     "cli/test_train.py",
     "engine/test_trainer.py",
     "benchmarks/test_detector.py",
-    "losses/test_criterion.py",
+    "supervision/test_criterion.py",
     "parity/test_models.py",
     "model/test_detector.py",
     "ops/test_ms_deform_attn_library.py",

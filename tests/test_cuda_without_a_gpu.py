@@ -1,7 +1,7 @@
-"""What tensors of a GPU pass through, on fake ones: their devices and types, without their values.
+"""Runs the CUDA code paths on fake tensors, which have devices and dtypes but no values.
 
-Autocast has rules of its own for CUDA, operators have kernels of their own, and a tensor of the
-host among them is an error, as is a value that is read. Autograd's backward pass needs a real GPU.
+Autocast and operators have rules of their own for CUDA. Mixing in a CPU tensor is an error, and so
+is reading a value. Autograd's backward pass needs a real GPU.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ _LINK = re.compile(r"\]\(([^)\s]+)\)")
 # Files of the project in code spans. Files of a run folder begin with other names.
 _FILE = re.compile(r"`((?:msdetr|tests|benchmarks|docs|\.ci)/[\w./-]+)`")
 _PAGE = re.compile(r"\bdocs/[\w./-]+\.md")
-_MODULE = re.compile(r"python -m (benchmarks[\w.]*)")
+_MODULE = re.compile(r"python -m\s+(benchmarks[\w.]*)")
 
 
 def prose(page: Path) -> list[str]:

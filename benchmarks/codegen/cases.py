@@ -17,7 +17,7 @@ from benchmarks.attention.cases import SHAPES
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A use of kernels. Cases of new kernels belong into `CASES`."""
+    """A use of kernels. Cases of new kernels belong in `CASES`."""
 
     name: str
     dtype: str

@@ -456,8 +456,8 @@ def add_speedups(rows: Sequence[Row]) -> None:
 def too_slow(rows: Sequence[Row], minimum: float) -> list[str]:
     """The cases that fail the check.
 
-    Their fastest implementation of ours is less than `minimum` times as fast as the published
-    code, or was not compared with it.
+    In these, the fastest implementation of this project is less than `minimum` times as fast as
+    the published code, or was not compared with it.
     """
     failures = []
     ours = [row for row in rows if is_ours(row["implementation"])]

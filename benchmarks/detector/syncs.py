@@ -5,8 +5,8 @@ synchronisation check set to "error". Without one it runs on a pretended device 
 assignment and focal loss are the Triton kernels in Triton's interpreter. Attention is the
 reference, which takes seconds where the interpreter takes minutes.
 
-The published code (`--published DIR`) runs on its PyTorch attention, whose own reads, in
-`ms_deform_attn_func.py`, its CUDA extension does not have. Its reads for the log are left out.
+The published code (`--published DIR`) runs with its PyTorch attention. That reads the device in
+`ms_deform_attn_func.py`, which its CUDA extension does not do. Its reads for the log are left out.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class Options:
     """Measure the training loader and its peers."""
 
     root: Path | None = None
-    """Data set in COCO layout, its training images; without it files are generated."""
+    """Data set in COCO layout, whose training images are used. By default, images are generated."""
     images: int = 256
     """Samples per round; a smaller data set is repeated."""
     rounds: int = 3

@@ -13,7 +13,7 @@ import sys
 ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 """Environment variables that `tune_cpu_environment` sets."""
 
-# A user who sets one of these configures the allocator himself (mallopt(3), ld.so(8)).
+# Users who set one of these configure the allocator themselves (mallopt(3), ld.so(8)).
 _ALLOCATOR_VARIABLES = (
     "LD_PRELOAD",
     "GLIBC_TUNABLES",

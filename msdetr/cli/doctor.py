@@ -26,8 +26,9 @@ _EXAMPLES = 3
 class DoctorOptions:
     """Check annotations and images, and decode every file.
 
-    Errors are refused by training, warnings are changed by it, notes are good to know. The exit
-    status is 0 without errors, 1 with errors, and 2 if the data set cannot be checked.
+    Training refuses errors. It continues after warnings, and clips, converts or drops the entry.
+    Notes are for information. The exit status is 0 without errors, 1 with errors, and 2 if the data
+    set cannot be checked.
     """
 
     dataset: tyro.conf.Positional[Path | None] = None

@@ -228,7 +228,7 @@ class DataConfig:
     num_image_buckets: int | None = None
     """At most this many padded shapes (height, width), chosen for the data set so that little is
     padded; for `torch.compile` and CUDA graphs. 0 pads each batch as little as `pad_multiple`
-    allows: some 150 shapes on COCO. None is 16 where the step is compiled, and 0 elsewhere."""
+    allows: about 170 shapes on COCO. None is 16 where the step is compiled, and 0 elsewhere."""
     target_buckets: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512, 1024)
     """Targets are padded to the smallest of these that holds the batch (beyond: a multiple of the
     last)."""
@@ -390,11 +390,11 @@ class RunConfig:
     compile: CompileConfig = field(default_factory=CompileConfig)
     """Compilation."""
     output: Path = Path("runs/msdetr")
-    """Run folder: configuration, metrics, checkpoints, results."""
+    """Run folder: configuration, metrics, checkpoints, weights."""
     resume: str | None = None
-    """Checkpoint to go on from; `auto` takes the newest of the run folder, if there is one."""
+    """Checkpoint to continue from; `auto` takes the newest of the run folder, if there is one."""
     weights: Path | None = None
-    """Weights to start from (ours or published); training starts at step 0."""
+    """Weights to start from (of a run, or published); training starts at step 0."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several processes: each holds the whole model (`ddp`), or a shard of its parameters,
     gradients and optimizer state (`fsdp`). Checkpoints of one continue in the other."""

@@ -1,7 +1,7 @@
 """Image buckets: the few padded shapes that the batches of a run have.
 
-Compiled code and captured graphs serve one shape each, and padding to a multiple of 64 leaves some
-150 shapes on COCO. A bucket is a padded (height, width). A batch is padded to the smallest bucket
+Compiled code and captured graphs serve one shape each, and padding to a multiple of 64 leaves about
+170 shapes on COCO. A bucket is a padded (height, width). A batch is padded to the smallest bucket
 that holds it. Buckets are chosen for the data set, its augmentation and the batch size: batches
 are simulated, and the choice minimises their padded area, first greedily, then by exchanging one
 bucket at a time (the p-median problem; Teitz and Bart, Operations Research 16(5), 1968).

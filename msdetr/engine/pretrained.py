@@ -41,12 +41,12 @@ class LoadedDetector:
 
 
 def read_weights(path: Path, config: RunConfig | None = None, *, ema: bool = True) -> Weights:
-    """Read weights from `.safetensors`, a checkpoint of ours, or a published `.pth`.
+    """Read weights from `.safetensors`, a checkpoint of a run, or a published `.pth`.
 
     Args:
         path: the file or folder; its content determines the format.
         config: of published weights; None derives it from the file.
-        ema: of a checkpoint of ours, take the EMA weights where it has them.
+        ema: take the EMA weights where the checkpoint of a run has them.
 
     Raises:
         ValueError: the file is none of these, or damaged. OSError: it cannot be read.
@@ -60,7 +60,7 @@ def read_weights(path: Path, config: RunConfig | None = None, *, ema: bool = Tru
     except ValueError:
         if path.is_dir():
             raise
-        published = load_published_checkpoint(path, config=config)  # Not ours, then.
+        published = load_published_checkpoint(path, config=config)  # Not a checkpoint of a run.
         return Weights(published.state_dict, published.config, None)
     if ema and checkpoint.has_ema:
         logger.info("taking the EMA weights of %s", path)

@@ -91,7 +91,7 @@ class OneToOne:
 
 @dataclass(frozen=True, kw_only=True)
 class OneToMany:
-    """Up to k queries per target (MS-DETR, section 3.2); see `msdetr.ops.one_to_many`.
+    """Up to k queries per target (MS-DETR, section 3.3); see `msdetr.ops.one_to_many`.
 
     A query that serves several targets stands in the places of all of them and learns the class of
     the pair with the highest score.

@@ -51,7 +51,7 @@ def tiny_case(shape: str = "tiny", dtype: torch.dtype = torch.float32) -> Case:
 
 @pytest.fixture
 def write_op(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """Writes an op that returns an expression; its path."""
+    """Write an op that returns an expression, and return its path."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def write(expression: str) -> str:

@@ -155,7 +155,7 @@ def test_draws_that_decode_smaller_bypass_full_images(tmp_path):
     cache.store(0, pixels(0), 1)
     assert cache.load(0, 1) is not None
     assert cache.load(0, 2) is None
-    # A decoder that had leave to go smaller and did not never does.
+    # The decoder was allowed to decode smaller and did not, so it never will for this image.
     cache.store(0, pixels(0), 4)
     for max_scale in (1, 2, 8):
         np.testing.assert_array_equal(cache.load(0, max_scale), pixels(0))
