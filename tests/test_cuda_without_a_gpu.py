@@ -85,7 +85,7 @@ def test_detector_and_criterion(preset: str, dtype: Dtype) -> None:
                 output,
                 targets,
                 num_targets=torch.ones((), device=DEVICE),
-                priority=torch.rand(output.one_to_one.logits.shape[:3], device=DEVICE),
+                priority=criterion.draw_priority(output),
             )
         detector.eval()
         with torch.no_grad(), autocast(DEVICE, dtype):

@@ -87,7 +87,7 @@ def test_all_assignments_of_a_step(config, counts):
     criterion = Criterion(config, LossConfig(), impl="triton")
     expected = ONE_TO_ONE + ONE_TO_ONE + ONE_TO_MANY
     assert expected.total() == 9
-    priority = torch.rand(6, 2, 12)
+    priority = {"one_to_many": torch.rand(6, 2, 12)}
     result = launches_of(lambda: criterion.assign(output, targets, priority=priority))
     assert result == expected
 

@@ -2,7 +2,7 @@
 
 - `eager-reference`: ours, every op by its plain PyTorch reference.
 - `eager`: ours as written: Triton's kernels on a GPU, attention in chunks on a CPU.
-- `compiled`: ours with its parts compiled by `torch.compile`.
+- `compiled`: ours with its regions compiled by `torch.compile`.
 - `compiled-graphs`: those captured as CUDA graphs.
 - `published`: the published code, in float32, on the PyTorch attention that it ships for tests.
 - `published-tuned`: the same in a process with the CPU settings of ours.

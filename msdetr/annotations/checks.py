@@ -38,12 +38,16 @@ def read_annotations(
         label_map: labels of a model to use instead; the categories of all files must be in it.
 
     Raises:
-        ValueError: a file cannot be read at all, see `read_coco`.
+        ValueError: files cannot be read at all, see `read_coco`. The message names all of them.
     """
-    results = []
+    results, unreadable = [], []
     for file in files:
-        table, findings = read_coco(file)
-        if label_map is None:
+        try:
+            table, findings = read_coco(file)
+        except ValueError as error:
+            unreadable.append(str(error))
+            continue
+        if label_map is None or not table.categories:
             try:
                 label_map = LabelMap.from_categories(table.categories, layout)
             except ValueError as error:
@@ -51,6 +55,8 @@ def read_annotations(
         if label_map is not None:
             findings += _category_mismatches(table, label_map)
         results.append(Annotations(table, label_map, findings))
+    if unreadable:
+        raise ValueError("\n  ".join(unreadable))
     return results
 
 

@@ -246,7 +246,7 @@ def _read_areas(entries: _Entries, boxes: Floats) -> Floats:
     """[n], width * height where the file has no usable area."""
     expected = "a number: width * height is taken"
     areas, _ = entries.column("area", _is_area, expected, None, code="malformed_area", keep=True)
-    annotated = np.array(areas, np.float64)  # None becomes NaN
+    annotated = np.array(areas, np.float64)  # None becomes NaN, and a text its number
     return np.where(np.isnan(annotated), boxes[:, 2] * boxes[:, 3], annotated)
 
 
@@ -276,6 +276,11 @@ def _box_code(record: dict[str, Any]) -> str:
 
 
 def _is_area(value: Any) -> bool:
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return False
     return value is None or _is_number(value)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +14,11 @@ from torch import Tensor
 
 from msdetr.annotations.checks import read_annotations
 from msdetr.annotations.file_names import resolve_image_path
-from msdetr.annotations.findings import refuse_errors
+from msdetr.annotations.findings import CHECKS, refuse_errors
 from msdetr.annotations.labels import LabelLayout, LabelMap
 from msdetr.annotations.table import AnnotationTable
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +112,15 @@ def load_annotated_images(
     """
     results = read_annotations([file for _, file in splits], layout, label_map=label_map)
     refuse_errors([(result.table.source, result.findings) for result in results])
+    for table, _, findings in results:
+        for code, count in Counter(finding.code for finding in findings).items():
+            logger.warning(
+                "%s: %d of %s, %s; `msdetr doctor` lists them",
+                table.source,
+                count,
+                code,
+                CHECKS[code].cure,
+            )
     annotated = []
     for (folder, _), (table, labels, _) in zip(splits, results, strict=True):
         assert labels is not None  # else there were errors

@@ -174,13 +174,13 @@ class Trainer:
         Changes nothing else.
         """
         started = time.perf_counter()
-        batches = warm_up_batches(self.config, self.train_data, self.worker)
-        for batch in batches:
+        sizes = set()
+        for batch in warm_up_batches(self.config, self.train_data, self.worker):
             one = torch.ones((), device=self.worker.device)
             self._run_micro_batch(to_device(batch, self.worker.device), one)
             self.optimizer.zero_grad(set_to_none=self.graphs is None)
-        if batches:
-            sizes = {batch.images.pixels.shape for batch in batches}
+            sizes.add(batch.images.pixels.shape)
+        if sizes:
             seconds = time.perf_counter() - started
             logger.info("compiled for %d image sizes in %.0f s", len(sizes), seconds)
 
@@ -227,10 +227,7 @@ class Trainer:
         device = self.worker.device
         with autocast(device, self.config.train.precision):
             output = self.distributed_model(batch.images)
-        # Drawn outside of compiled code, which cannot use a generator.
-        priority = torch.rand(
-            output.one_to_one.logits.shape[:3], device=device, generator=self.generator
-        )
+        priority = self.criterion.draw_priority(output, self.generator)
         losses: LossOutput = self.criterion(
             output, batch.targets, num_targets=num_targets, priority=priority
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from msdetr.config import RunConfig
@@ -14,14 +16,15 @@ from msdetr.engine.distributed import Worker
 from msdetr.structures import Batch
 
 
-def warm_up_batches(config: RunConfig, data: DetectionDataset, worker: Worker) -> list[Batch]:
+def warm_up_batches(config: RunConfig, data: DetectionDataset, worker: Worker) -> Iterator[Batch]:
     """A micro-batch of black images for each image bucket of the run. All ranks call it."""
     buckets = train_image_buckets(config, data, world_size=worker.world_size)
     # Two numbers of targets are enough: from the second on, graphs accept any.
     smallest, *larger = config.data.target_buckets
     shapes = [(size, smallest) for size in buckets]
     shapes += [(size, num_targets) for size in buckets[:1] for num_targets in larger[:1]]
-    return [_blank_batch(config, worker, size, num_targets) for size, num_targets in shapes]
+    for size, num_targets in shapes:
+        yield _blank_batch(config, worker, size, num_targets)
 
 
 def _blank_batch(config: RunConfig, worker: Worker, size: Size, num_targets: int) -> Batch:

@@ -171,12 +171,15 @@ class CocoEvaluator:
 
     def write_results(self, path: Path) -> None:
         """Write `results()` as JSON, one detection per line; `path` is complete or absent."""
-        text = ",\n".join(map(json.dumps, self.results()))
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             with partial.open("w", encoding="utf-8") as file:
-                file.write(f"[\n{text}\n]\n")
+                separator = "[\n"
+                for detection in self.results():
+                    file.write(separator + json.dumps(detection))
+                    separator = ",\n"
+                file.write("\n]\n" if separator == ",\n" else "[]\n")
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -62,7 +62,9 @@ class Criterion(nn.Module):
         """
         super().__init__()
         self.loss = loss
-        self.objectives = tuple(objectives or build_objectives(assignment, loss))
+        if objectives is None:
+            objectives = build_objectives(assignment, loss)
+        self.objectives = tuple(objectives)
         self.impl: Impl = impl
 
     def forward(
@@ -71,7 +73,7 @@ class Criterion(nn.Module):
         targets: Targets,
         *,
         num_targets: Tensor | None = None,
-        priority: Tensor | None = None,
+        priority: Mapping[str, Tensor] | None = None,
         generator: torch.Generator | None = None,
     ) -> LossOutput:
         """Losses of one batch.
@@ -81,7 +83,7 @@ class Criterion(nn.Module):
             targets: T slots per image; images and whole batches without targets run the same graph.
             num_targets: 0-dim, mean number of targets per rank (default: of this batch). At least
                 1 is used.
-            priority: [N, B, Q] or [B, Q], which one-to-many positives are kept (default: random).
+            priority: by branch, [N, B, Q] or [B, Q], which positives are kept (default: random).
             generator: source of random priorities.
 
         Raises:
@@ -107,19 +109,37 @@ class Criterion(nn.Module):
                 terms[f"{objective.branch}/{term}"] = values.detach()
         return LossOutput(torch.stack(weighted).sum(), terms)
 
+    def draw_priority(
+        self, output: DetectorOutput, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Random priorities [N, B, Q] for each branch whose matcher draws.
+
+        For `forward`, outside of compiled code, which cannot use a generator.
+        """
+        return {
+            objective.branch: torch.rand(
+                branch.predictions.logits.shape[:3],
+                device=branch.predictions.logits.device,
+                generator=generator,
+            )
+            for objective in self.objectives
+            if (branch := output.branches.get(objective.branch)) is not None
+            and getattr(objective.matcher, "is_random", False)
+        }
+
     @torch.no_grad()
     def assign(
         self,
         output: DetectorOutput,
         targets: Targets,
         *,
-        priority: Tensor | None = None,
+        priority: Mapping[str, Tensor] | None = None,
         generator: torch.Generator | None = None,
     ) -> dict[str, Assignment]:
         """Assignments of all supervised branches by name; the arguments are those of `forward`."""
         assignments: dict[str, Assignment] = {}
         for objective, branch in self._supervised(output):
-            order = priority
+            order = (priority or {}).get(objective.branch)
             if order is not None and order.dim() == 3:
                 order = order[objective.layers]
             context = MatchContext(assignments, order, generator, self.impl)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -38,7 +38,8 @@ class MatchContext(NamedTuple):
 class Matcher(Protocol):
     """Matches the queries of one branch with targets, for all layers and images at once.
 
-    Reads nothing back from the device. Gradients are off.
+    Reads nothing back from the device. Gradients are off. A matcher that reads `context.priority`
+    has an attribute `is_random = True`.
     """
 
     def __call__(self, branch: Branch, targets: Targets, context: MatchContext) -> Assignment:
@@ -97,6 +98,7 @@ class OneToMany:
     the pair with the highest score.
     """
 
+    is_random: ClassVar[bool] = True
     k: int
     threshold: float
     positive_fraction: float

@@ -92,11 +92,17 @@ def test_crowd_flags(tmp_path: Path, value: Any, is_crowd: bool | None, codes: l
     assert [finding.code for finding in findings] == codes
 
 
-@pytest.mark.parametrize("value", ["9", float("nan"), 10**400, [9], True])
+@pytest.mark.parametrize("value", ["nine", float("nan"), 10**400, [9], True])
 def test_unusable_areas_are_reported_and_replaced(tmp_path: Path, value: Any) -> None:
     table, findings = read(tmp_path, [IMAGE], [ANNOTATION | {"area": value}])
     assert table.areas.tolist() == [12]
     assert [finding.code for finding in findings] == ["malformed_area"]
+
+
+def test_areas_may_be_written_as_text(tmp_path: Path) -> None:
+    table, findings = read(tmp_path, [IMAGE], [ANNOTATION | {"area": "9.5"}])
+    assert table.areas.tolist() == [9.5]
+    assert not findings
 
 
 NO_ID = {key: value for key, value in IMAGE.items() if key != "id"}

@@ -127,6 +127,26 @@ def test_a_name_that_no_terminal_can_show_is_escaped(root, capsys):
     assert refused(root, "train")
 
 
+def test_a_file_without_categories_is_refused_whatever_the_other_split_has(root):
+    root.write()
+    validation = root.root / "annotations" / "instances_val2017.json"
+    validation.write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
+    (error,) = refused(root, "train", "val")
+    assert "instances_val2017.json: there are no categories" in error
+    assert main([str(root.root), "--num-workers", "0"]) == 1
+
+
+def test_training_logs_what_it_reads_differently(root, caplog):
+    root.add_annotation(1, iscrowd="0", area="many")
+    root.add_annotation(1, area="12.5")
+    root.write()
+    (images,) = load_annotated_images([(root.images, root.annotations)])
+    assert sorted(images.table.areas.tolist()) == [12.5, 120.0, 120.0, 120.0, 400.0]
+    text = caplog.text
+    assert "instances_train2017.json: 1 of crowd_flag_text" in text
+    assert "instances_train2017.json: 1 of malformed_area" in text
+
+
 def plant_missing(root):
     root.add_image(9).unlink()
 
@@ -293,7 +313,7 @@ def plant_unknown_crowd_flag(root):
 
 
 def plant_area_of_text(root):
-    root.add_annotation(1, area="12")
+    root.add_annotation(1, area="large")
 
 
 PLANTS = [

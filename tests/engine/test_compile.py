@@ -90,7 +90,7 @@ def run(
     losses = criterion(
         output,
         targets,
-        priority=torch.zeros(output.one_to_one.logits.shape[:3], device=device),
+        priority={"one_to_many": torch.zeros(output.one_to_one.logits.shape[:3], device=device)},
         num_targets=targets.count.sum(),
     )
     losses.total.backward()

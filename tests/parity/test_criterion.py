@@ -58,7 +58,7 @@ def test_losses_and_gradients(case: GoldenCase, impl: str, request: pytest.Fixtu
             "encoder": Branch(encoder, anchors),
         }
     )
-    losses = criterion(output, targets, priority=priority)
+    losses = criterion(output, targets, priority={"one_to_many": priority})
 
     result = published_values(losses.terms)
     expected = {name: value for name, value in info["losses"].items() if name in result}

@@ -238,7 +238,11 @@ def test_the_priority_decides_the_draw():
     for auxiliary in (True, False):
         totals = [
             losses_of(
-                output, targets, assignment, LossConfig(auxiliary=auxiliary), priority=priority
+                output,
+                targets,
+                assignment,
+                LossConfig(auxiliary=auxiliary),
+                priority={"one_to_many": priority},
             ).total.item()
             for priority in (priorities[0], priorities[0].expand(LAYERS, -1, -1), priorities[1])
         ]
@@ -305,6 +309,14 @@ class TestEncoder:
         output, targets = random_output()
         with pytest.raises(ValueError, match="the matcher reads anchors, and the branch has none"):
             losses_of(with_encoder(output, anchors=None), targets)
+
+
+def test_no_objectives_are_not_the_default_ones():
+    output, targets = random_output()
+    with pytest.raises(
+        ValueError, match="no objective supervises encoder, one_to_many, one_to_one"
+    ):
+        Criterion(KEEP_ALL, LossConfig(), objectives=[])(output, targets)
 
 
 def test_every_branch_needs_an_objective():
@@ -397,7 +409,10 @@ def test_compiles_in_one_graph(request, impl, indices_merge, counts):
     if torch.cuda.is_available() and impl == "triton":
         pytest.skip("this file's scenes are on the CPU")
     compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)
-    priority = torch.rand(LAYERS, len(counts), QUERIES)
+    priority = criterion.draw_priority(output)
+    assert {name: x.shape for name, x in priority.items()} == {
+        "one_to_many": (LAYERS, len(counts), QUERIES)
+    }
     expected, other = criterion(output, targets, priority=priority), copied(output)
     actual = compiled(other, targets, priority=priority)
     torch.testing.assert_close(actual.total, expected.total)
