@@ -22,7 +22,7 @@ Where the published code and its flags disagree:
   processes of the published recipes (`PUBLISHED_NUM_PROCESSES`).
 - `--resume` becomes `weights`: the published optimizer state is not loaded.
 - `--device cuda`, the default, becomes `auto`, so that a checkpoint loads on any machine.
-- `IGNORED_FLAGS` have no counterpart; the reasons are given there.
+- Other flags have no counterpart. `tests/test_published.py` lists them with the reasons.
 """
 
 from __future__ import annotations
@@ -165,19 +165,6 @@ DEAD_FLAGS = {
     "use_indices_merge": "indices_merge",
 }
 """Options that the published code never passes on, and the `AssignmentConfig` fields that work."""
-
-IGNORED_FLAGS = {
-    "lr_drop_epochs": "the published code never reads it",
-    "position_embedding_scale": "the published code never reads it",
-    "remove_difficult": "the published code never reads it",
-    "mask_loss_coef": "belongs to --masks, which is refused",
-    "dice_loss_coef": "belongs to --masks, which is refused",
-    "coco_panoptic_path": "belongs to --dataset_file coco_panoptic, which is refused",
-    "cache_mode": "where images are read from does not change what is learned",
-    "start_epoch": "state of one invocation, not of the recipe",
-    "eval": "state of one invocation, not of the recipe",
-}
-"""Options without a counterpart, and why that loses nothing."""
 
 _RUNTIME_ATTRIBUTES = frozenset(
     {

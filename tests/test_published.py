@@ -15,7 +15,6 @@ from msdetr.config import AssignmentConfig, RunConfig
 from msdetr.presets import PRESETS
 from msdetr.published import (
     DEAD_FLAGS,
-    IGNORED_FLAGS,
     PUBLISHED_FLAGS,
     Implementation,
     config_from_published_args,
@@ -34,6 +33,19 @@ MODEL_FLAGS = (
     "dilation",
 )
 
+
+IGNORED_FLAGS = {
+    "lr_drop_epochs": "the published code never reads it",
+    "position_embedding_scale": "the published code never reads it",
+    "remove_difficult": "the published code never reads it",
+    "mask_loss_coef": "belongs to --masks, which is refused",
+    "dice_loss_coef": "belongs to --masks, which is refused",
+    "coco_panoptic_path": "belongs to --dataset_file coco_panoptic, which is refused",
+    "cache_mode": "where images are read from does not change what is learned",
+    "start_epoch": "state of one invocation, not of the recipe",
+    "eval": "state of one invocation, not of the recipe",
+}
+"""Published flags without a counterpart, and why that loses nothing."""
 
 GOLDEN_MODELS = golden_models()
 

@@ -114,13 +114,8 @@ def load_annotated_images(
     refuse_errors([(result.table.source, result.findings) for result in results])
     for table, _, findings in results:
         for code, count in Counter(finding.code for finding in findings).items():
-            logger.warning(
-                "%s: %d of %s, %s; `msdetr doctor` lists them",
-                table.source,
-                count,
-                code,
-                CHECKS[code].cure,
-            )
+            advice = f"{CHECKS[code].cure}; `msdetr doctor` lists them"
+            logger.warning("%s: %d of %s, %s", table.source, count, code, advice)
     annotated = []
     for (folder, _), (table, labels, _) in zip(splits, results, strict=True):
         assert labels is not None  # else there were errors

@@ -96,13 +96,8 @@ class Criterion(nn.Module):
         assignments = self.assign(output, targets, priority=priority, generator=generator)
         weighted, terms = [], {}
         for objective, branch in self._supervised(output):
-            inputs = loss_inputs(
-                branch.predictions,
-                targets,
-                assignments[objective.branch],
-                self.loss,
-                impl=self.impl,
-            )
+            assignment = assignments[objective.branch]
+            inputs = loss_inputs(branch.predictions, targets, assignment, self.loss, impl=self.impl)
             for term, weight in objective.weights.items():
                 values = LOSS_TERMS[term](inputs) / normalizer
                 weighted.append(weight * values.sum())
@@ -116,16 +111,12 @@ class Criterion(nn.Module):
 
         For `forward`, outside of compiled code, which cannot use a generator.
         """
-        return {
-            objective.branch: torch.rand(
-                branch.predictions.logits.shape[:3],
-                device=branch.predictions.logits.device,
-                generator=generator,
-            )
-            for objective in self.objectives
-            if (branch := output.branches.get(objective.branch)) is not None
-            and getattr(objective.matcher, "is_random", False)
-        }
+        priority = {}
+        for objective, (logits, _) in ((o, b.predictions) for o, b in self._supervised(output)):
+            if getattr(objective.matcher, "is_random", False):
+                drawn = torch.rand(logits.shape[:3], device=logits.device, generator=generator)
+                priority[objective.branch] = drawn
+        return priority
 
     @torch.no_grad()
     def assign(
