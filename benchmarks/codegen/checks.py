@@ -20,10 +20,7 @@ def row_key(row: Row) -> tuple[str, str, str, str]:
 
 
 def find_faults(row: Row) -> list[str]:
-    """Faults of a kernel's code, independent of the stored rows.
-
-    The encoder's loops over sampling points must not spill at all: they are where time goes.
-    """
+    """Faults of a kernel's code, independent of stored rows. Encoder loops must not spill."""
     faults = []
     if row["spill_bytes"] > MAX_SPILL_BYTES:
         faults.append(f"spills {row['spill_bytes']} bytes per thread, maximum {MAX_SPILL_BYTES}")
@@ -50,9 +47,10 @@ def find_faults(row: Row) -> list[str]:
 def find_regressions(row: Row, stored: Row) -> list[str]:
     """How a row is worse than the stored row of the same Triton version."""
     worse = []
-    name = "instructions" if row["instructions_per_unit"] is None else "instructions_per_unit"
-    if row[name] > TOLERANCE * stored[name]:
-        worse.append(f"{name} rose from {stored[name]} to {row[name]}")
+    size = "instructions" if row["instructions_per_unit"] is None else "instructions_per_unit"
+    for name, tolerance in ((size, TOLERANCE), ("spill_bytes", 1.0), ("loop_spills", 1.0)):
+        if (row[name] or 0) > tolerance * (stored[name] or 0):
+            worse.append(f"{name} rose from {stored[name]} to {row[name]}")
     if row["warps_per_sm"] < stored["warps_per_sm"]:
         worse.append(
             f"warps_per_sm fell from {stored['warps_per_sm']} to {row['warps_per_sm']} "

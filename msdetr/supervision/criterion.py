@@ -112,8 +112,9 @@ class Criterion(nn.Module):
         For `forward`, outside of compiled code, which cannot use a generator.
         """
         priority = {}
-        for objective, (logits, _) in ((o, b.predictions) for o, b in self._supervised(output)):
+        for objective, branch in self._supervised(output):
             if getattr(objective.matcher, "is_random", False):
+                logits = branch.predictions.logits
                 drawn = torch.rand(logits.shape[:3], device=logits.device, generator=generator)
                 priority[objective.branch] = drawn
         return priority
@@ -129,11 +130,13 @@ class Criterion(nn.Module):
     ) -> dict[str, Assignment]:
         """Assignments of all supervised branches by name; the arguments are those of `forward`."""
         assignments: dict[str, Assignment] = {}
+        if priority is None:
+            priority = self.draw_priority(output, generator)
         for objective, branch in self._supervised(output):
-            order = (priority or {}).get(objective.branch)
+            order = priority.get(objective.branch)
             if order is not None and order.dim() == 3:
                 order = order[objective.layers]
-            context = MatchContext(assignments, order, generator, self.impl)
+            context = MatchContext(assignments, order, self.impl)
             assignments[objective.branch] = objective.matcher(branch, targets, context)
         return assignments
 

@@ -28,9 +28,7 @@ class MatchContext(NamedTuple):
     assignments: Mapping[str, Assignment] = {}
     """Assignments of the objectives before this one, by branch."""
     priority: Tensor | None = None
-    """[N, B, Q] or [B, Q], random order in which positives are kept; None draws it."""
-    generator: torch.Generator | None = None
-    """Source of random numbers that are not given; None is PyTorch's default generator."""
+    """[N, B, Q] or [B, Q], random order in which positives are kept, for matchers that draw."""
     impl: Impl = "auto"
     """Implementation of the operators, see `msdetr.ops.dispatch`."""
 
@@ -112,18 +110,16 @@ class OneToMany:
         """Assignment with k places per target, or k + 1 with `merge_with`.
 
         Raises:
-            ValueError: `merge_with` was not assigned before.
+            ValueError: there is no priority, or `merge_with` was not assigned before.
         """
         logits, boxes = branch.predictions
-        priority = context.priority
-        if priority is None:
-            shape, device = logits.shape[:3], logits.device
-            priority = torch.rand(shape, device=device, generator=context.generator)
+        if context.priority is None:
+            raise ValueError("one-to-many matching needs a random priority per query")
         pairs = one_to_many(
             logits,
             boxes,
             targets,
-            priority,
+            context.priority,
             k=self.k,
             threshold=self.threshold,
             positive_fraction=self.positive_fraction,

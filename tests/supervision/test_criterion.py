@@ -231,6 +231,21 @@ def test_the_generator_decides_the_draw():
     assert len({total(seed) for seed in range(5)}) > 1
 
 
+def test_every_layer_and_image_draws_priorities_of_its_own():
+    output, _ = random_output((5, 4, 6))
+    criterion = Criterion(KEEP_ALL, LossConfig())
+    before = torch.get_rng_state()
+    drawn, again = (
+        criterion.draw_priority(output, torch.Generator().manual_seed(1)) for _ in range(2)
+    )
+    assert torch.equal(torch.get_rng_state(), before), "the global generator is left alone"
+    assert drawn.keys() == {"one_to_many"}
+    assert torch.equal(drawn["one_to_many"], again["one_to_many"])
+    rows = drawn["one_to_many"].flatten(0, 1)
+    assert rows.shape == (LAYERS * 3, QUERIES)
+    assert len(rows.unique(dim=0)) == len(rows)
+
+
 def test_the_priority_decides_the_draw():
     assignment = AssignmentConfig(positive_fraction=0.25, one_to_many_threshold=0.0)
     output, targets = random_output((5, 4, 6))
