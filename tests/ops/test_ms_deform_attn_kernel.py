@@ -550,7 +550,7 @@ class TestWideOffsets:
             None,
             4,
         )
-        assert kernels._sizes(value, shapes, points).WIDE == wide
+        assert kernels._sizes(value, shapes, points).WIDE is wide
         assert kernels.needs_wide_offsets(shapes, queries, stride) == wide
 
     def test_more_than_2_to_31_elements_on_meta_tensors(self):

@@ -30,6 +30,14 @@ from msdetr.kernels.ms_deform_attn.sampling import (
 
 
 @triton.jit
+def _zeros(tile):
+    splits = ()
+    for _ in tl.static_range(tile.SPLITS):
+        splits = splits + (tl.zeros((tile.BLOCK_Q, tile.SPLIT_D), tl.float32),)
+    return splits
+
+
+@triton.jit
 def _add_sample(acc, pointers, stride_s, x, y, weight, level, sizes, tile):
     """`acc` plus `weight` times the bilinear sample at pixel (x, y), all [ROWS]."""
     at = find_corners(x, y, level, stride_s, sizes)
@@ -82,9 +90,7 @@ def forward_kernel(
     rows = load_rows(queries, num_queries, batch, head, query, sizes)
     channel = head * sizes.D + tl.arange(0, tile.SPLIT_D)[None, :]
     pointers = value.pointer + batch * value.stride_b + channel
-    acc = ()
-    for _ in tl.static_range(tile.SPLITS):
-        acc = acc + (tl.zeros((tile.BLOCK_Q, tile.SPLIT_D), tl.float32),)
+    acc = _zeros(tile)
     for index in range(sizes.L):
         level = load_level(index, maps, batch, sizes)
         reference = load_reference(rows, index, level, sizes)
