@@ -68,6 +68,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     reasons = {}
     if not config.getoption("--slow"):
         reasons["slow"] = "takes minutes: give --slow"
+    if not config.getoption("--ptx"):
+        reasons["compiled"] = "runs compiled code on the CPU: give --ptx"
     if config.getoption("--ptx") or not torch.cuda.is_available():
         reasons["gpu"] = "needs a CUDA device"
     if config.getoption("--ptx") or torch.cuda.is_available():

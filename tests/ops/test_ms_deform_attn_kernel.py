@@ -4,6 +4,8 @@ interpreter, where every program takes tenths of a second. Hence the small shape
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -97,6 +99,15 @@ def check(call: Call) -> list[Tensor]:
     return result
 
 
+@contextlib.contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def call_with_samples_on_edges(device: torch.device, dtype: torch.dtype) -> Call:
     """An encoder's call whose samples lie at the edges of the default windows, or close to them.
 
@@ -139,11 +150,8 @@ def check_samples_on_edges(device: torch.device, dtype: torch.dtype) -> None:
 
     allowed = [gradient("reference")], [gradient("reference", torch.float64)]
     assert_as_accurate([gradient("triton")], *allowed, rounding=ROUNDING)
-    torch.use_deterministic_algorithms(True)  # without windows
-    try:
+    with deterministic_algorithms():  # without windows
         single = gradient("triton")
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert_as_accurate([single], *allowed, rounding=ROUNDING)
 
 
@@ -516,9 +524,8 @@ def test_every_element_is_written(kernel_device, queries, dtype):
 class TestDeterministic:
     @pytest.fixture(autouse=True)
     def _deterministic(self):
-        torch.use_deterministic_algorithms(True)
-        yield
-        torch.use_deterministic_algorithms(False)
+        with deterministic_algorithms():
+            yield
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_as_accurate(self, kernel_device, dtype):
