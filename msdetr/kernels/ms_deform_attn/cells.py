@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from msdetr.kernels.ms_deform_attn.sampling import unpack_size
+from msdetr.kernels.ms_deform_attn.sampling import Group, unpack_size
 
 CELL = 8
 """Pixels along the side of a cell, at level 0."""
@@ -32,6 +32,16 @@ class WindowSizes(NamedTuple):
     INTERPRET: bool  # Triton's interpreter runs the kernel
 
 
+class Cell(NamedTuple):
+    """The cell and head that a program serves."""
+
+    batch: Any
+    num_queries: Any
+    head: Any
+    y: Any
+    x: Any
+
+
 class Window(NamedTuple):
     """Origin of a window: its upper left pixel, float32."""
 
@@ -40,25 +50,35 @@ class Window(NamedTuple):
 
 
 @triton.jit
-def _queries_of_level(local, cell_y, cell_x, start, height, width, SIDE: tl.constexpr):
+def program_cell(num_queries, cells_across, sizes):
+    """The cell of this program."""
+    batch = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(0) % sizes.M
+    index = tl.program_id(0) // sizes.M
+    return Cell(batch, num_queries, head, index // cells_across, index % cells_across)
+
+
+@triton.jit
+def _queries_of_level(local, cell, start, height, width, SIDE: tl.constexpr):
     """Queries of one level in a cell and their mask, by place in the cell's pixels of the level."""
-    y = cell_y * SIDE + local // SIDE
-    x = cell_x * SIDE + local % SIDE
+    y = cell.y * SIDE + local // SIDE
+    x = cell.x * SIDE + local % SIDE
     inside = (local >= 0) & (local < SIDE * SIDE) & (y < height) & (x < width)
     return start + y * width + x, inside
 
 
 @triton.jit
-def fine_queries(cell_y, cell_x, maps):
-    """Queries of level 0 in a cell, and their mask: [FINE]."""
+def fine_queries(cell, maps):
+    """The group of FINE queries of level 0 in a cell."""
     height, width = unpack_size(maps.levels[0])
-    query, inside = _queries_of_level(tl.arange(0, FINE), cell_y, cell_x, 0, height, width, 8)
-    return tl.where(inside, query, 0), inside
+    query, inside = _queries_of_level(tl.arange(0, FINE), cell, 0, height, width, 8)
+    query = tl.where(inside, query, 0)
+    return Group(cell.batch, cell.num_queries, cell.head, query, inside)
 
 
 @triton.jit
-def coarse_queries(cell_y, cell_x, maps, sizes):
-    """Queries of the other levels in a cell, and their mask: [COARSE]."""
+def coarse_queries(cell, maps, sizes):
+    """The group of COARSE queries of the other levels in a cell."""
     slot = tl.arange(0, COARSE)
     query = tl.zeros((COARSE,), tl.int32)
     inside = slot < 0
@@ -68,8 +88,7 @@ def coarse_queries(cell_y, cell_x, maps, sizes):
         height, width = unpack_size(maps.levels[level])
         pixel, mask = _queries_of_level(
             slot - (0 if level == 1 else 16 if level == 2 else 17 + level),
-            cell_y,
-            cell_x,
+            cell,
             start,
             height,
             width,
@@ -78,7 +97,7 @@ def coarse_queries(cell_y, cell_x, maps, sizes):
         query = tl.where(mask, pixel, query)
         inside = inside | mask
         start += height * width
-    return query, inside
+    return Group(cell.batch, cell.num_queries, cell.head, query, inside)
 
 
 @triton.jit

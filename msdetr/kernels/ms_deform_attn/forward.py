@@ -24,8 +24,9 @@ from msdetr.kernels.ms_deform_attn.sampling import (
     load_rows,
     load_samples,
     output_pointers,
+    program_queries,
+    split_channels,
     split_mask,
-    tile_queries,
 )
 
 
@@ -83,16 +84,13 @@ def forward_kernel(
     tile: tl.constexpr,  # Tile
 ):
     """Weighted sum of bilinear samples; see `msdetr.ops.ms_deform_attn`."""
-    program = tl.program_id(0)
-    batch = tl.program_id(1).to(tl.int64)
-    head = program % sizes.M
-    query, inside = tile_queries(program // sizes.M, num_queries, maps, sizes, tile)
-    rows = load_rows(queries, num_queries, batch, head, query, sizes)
-    channel = head * sizes.D + tl.arange(0, tile.SPLIT_D)[None, :]
-    pointers = value.pointer + batch * value.stride_b + channel
+    group = program_queries(num_queries, maps, sizes, tile)
+    rows = load_rows(queries, group, sizes)
+    channel = split_channels(group.head, sizes, tile)
+    pointers = value.pointer + group.batch * value.stride_b + channel
     acc = _zeros(tile)
     for index in range(sizes.L):
-        level = load_level(index, maps, batch, sizes)
+        level = load_level(index, maps, group.batch, sizes)
         reference = load_reference(rows, index, level, sizes)
         for point in tl.static_range(0, sizes.P, sizes.GROUP):
             samples = load_samples(rows, reference, index, level, point, sizes, False)
@@ -102,10 +100,10 @@ def forward_kernel(
                 weight = samples.weight[i]
                 acc = _add_sample(acc, pointers, value.stride_s, x, y, weight, level, sizes, tile)
         pointers += (level.height * level.width).to(tl.int64) * value.stride_s
-    output = output_pointers(output_ptr, num_queries, batch, head, query, sizes, tile)
+    output = output_pointers(output_ptr, group, channel, sizes)
     for i in tl.static_range(tile.SPLITS):
         total = acc[i]
         if sizes.R > 0:
             total = total * rows.scale[:, None]
-        mask = split_mask(inside, i, sizes, tile)
+        mask = split_mask(group.inside, i, sizes, tile)
         tl.store(output + i * tile.SPLIT_D, total.to(output_ptr.dtype.element_ty), mask=mask)

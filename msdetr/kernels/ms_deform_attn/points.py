@@ -30,10 +30,10 @@ from msdetr.kernels.ms_deform_attn.sampling import (
     load_reference,
     load_rows,
     load_samples,
-    output_pointers,
     point_pointers,
+    program_queries,
+    split_channels,
     split_mask,
-    tile_queries,
     weight_of_logit,
 )
 
@@ -138,22 +138,18 @@ def points_kernel(
     BLOCK_Q: tl.constexpr = tile.BLOCK_Q
     P: tl.constexpr = sizes.P
     GROUP: tl.constexpr = sizes.GROUP
-    program = tl.program_id(0)
-    batch = tl.program_id(1).to(tl.int64)
-    head = program % sizes.M
-    query, inside = tile_queries(program // sizes.M, num_queries, maps, sizes, tile)
-    rows = load_rows(queries, num_queries, batch, head, query, sizes)
-    grad_points, grad_weights = point_pointers(gradients, batch, head, query, sizes)
-    channel = head * sizes.D + tl.arange(0, tile.SPLIT_D)[None, :]
-    grad_rows = output_pointers(grad_output_ptr, num_queries, batch, head, query, sizes, tile)
-    grad = load_gradient(grad_rows, inside, sizes, tile)
-    pointers = value.pointer + batch * value.stride_b + channel
+    group = program_queries(num_queries, maps, sizes, tile)
+    rows = load_rows(queries, group, sizes)
+    grad_points, grad_weights = point_pointers(gradients, group, sizes)
+    grad = load_gradient(grad_output_ptr, group, sizes, tile)
+    pointers = value.pointer + group.batch * value.stride_b
+    pointers += split_channels(group.head, sizes, tile)
     if sizes.R > 0:
         # Gradients of all weights of a row: a slot per level and group of points.
         slots = tl.arange(0, sizes.PADDED_LP // GROUP)[None, :, None]
         grad_all = tl.zeros((BLOCK_Q, sizes.PADDED_LP // GROUP, GROUP), tl.float32)
     for index in range(sizes.L):
-        level = load_level(index, maps, batch, sizes)
+        level = load_level(index, maps, group.batch, sizes)
         reference = load_reference(rows, index, level, sizes)
         zeros = tl.zeros((BLOCK_Q,), tl.float32)
         sum_x, sum_y, sum_width, sum_height = zeros, zeros, zeros, zeros
@@ -183,22 +179,22 @@ def points_kernel(
             first = index * P + point
             pairs = tl.join(from_columns(grad_xs, GROUP), from_columns(grad_ys, GROUP))
             pairs = tl.reshape(pairs, (BLOCK_Q, 2 * GROUP))
-            _store_group(grad_points + first * 2, pairs, (P - point) * 2, inside)
+            _store_group(grad_points + first * 2, pairs, (P - point) * 2, group.inside)
             grad_w = from_columns(grad_ws, GROUP)
             if sizes.R > 0:
                 slot = index * ((P + GROUP - 1) // GROUP) + point // GROUP
                 grad_all = tl.where(slots == slot, grad_w[:, None, :], grad_all)
             else:
-                _store_group(grad_weights + first, grad_w, P - point, inside)
+                _store_group(grad_weights + first, grad_w, P - point, group.inside)
         if gradients.reference is not None:
-            terms = (batch * sizes.M + head) * num_queries + query
+            terms = (group.batch * sizes.M + group.head) * num_queries + group.query
             _store_reference(
                 gradients.reference + (terms * sizes.L + index) * sizes.R,
                 (sum_x, sum_y, sum_width, sum_height),
                 level,
-                inside,
+                group.inside,
                 sizes,
             )
         pointers += (level.height * level.width).to(tl.int64) * value.stride_s
     if sizes.R > 0:
-        _store_logits(grad_weights, rows, grad_all, inside, sizes)
+        _store_logits(grad_weights, rows, grad_all, group.inside, sizes)

@@ -11,7 +11,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from msdetr.kernels.ms_deform_attn.cells import Window, coarse_queries, fine_queries, is_left_out
+from msdetr.kernels.ms_deform_attn.cells import (
+    Window,
+    coarse_queries,
+    fine_queries,
+    is_left_out,
+    program_cell,
+)
 from msdetr.kernels.ms_deform_attn.sampling import (
     level_size,
     load_gradient,
@@ -19,7 +25,7 @@ from msdetr.kernels.ms_deform_attn.sampling import (
     load_reference,
     load_rows,
     load_samples,
-    output_pointers,
+    split_channels,
 )
 from msdetr.kernels.ms_deform_attn.value import scatter_sample
 
@@ -38,37 +44,30 @@ def rest_kernel(
     tile: tl.constexpr,  # Tile
 ):
     """Add the samples that `splat_kernel` left out."""
-    program = tl.program_id(0)
-    batch = tl.program_id(1).to(tl.int64)
-    head = program % sizes.M
-    cell_y = program // sizes.M // cells_across
-    cell_x = program // sizes.M % cells_across
-    channel = head * sizes.D + tl.arange(0, tile.SPLIT_D)[None, :]
-    pointers = grad_value_ptr + batch * num_queries * (sizes.M * sizes.D) + channel
-    windows_ptr += (batch * tl.num_programs(0) + program) * (sizes.L * 3)
+    cell = program_cell(num_queries, cells_across, sizes)
+    pointers = grad_value_ptr + cell.batch * num_queries * (sizes.M * sizes.D)
+    pointers += split_channels(cell.head, sizes, tile)
+    windows_ptr += (cell.batch * tl.num_programs(0) + tl.program_id(0)) * (sizes.L * 3)
     for index in range(sizes.L):
         height, width = level_size(index, maps, sizes)
         window_ptr = windows_ptr + index * 3
         if tl.load(window_ptr + 2) > 0.0:
-            level = load_level(index, maps, batch, sizes)
+            level = load_level(index, maps, cell.batch, sizes)
             side = tl.where(index < 2, windows.SIDE, windows.COARSE_SIDE)
             window = Window(tl.load(window_ptr), tl.load(window_ptr + 1))
-            for group in tl.static_range(2 if sizes.L > 1 else 1):
-                if group == 0:
-                    query, inside = fine_queries(cell_y, cell_x, maps)
+            for i in tl.static_range(2 if sizes.L > 1 else 1):
+                if i == 0:
+                    group = fine_queries(cell, maps)
                 else:
-                    query, inside = coarse_queries(cell_y, cell_x, maps, sizes)
-                rows = load_rows(queries, num_queries, batch, head, query, sizes)
+                    group = coarse_queries(cell, maps, sizes)
+                rows = load_rows(queries, group, sizes)
                 reference = load_reference(rows, index, level, sizes)
                 samples = load_samples(rows, reference, index, level, 0, sizes, True)
-                grad_rows = output_pointers(
-                    grad_output_ptr, num_queries, batch, head, query, sizes, tile
-                )
-                grad = load_gradient(grad_rows, inside, sizes, tile)
-                for i in tl.static_range(sizes.P):
-                    x = samples.x[i]
-                    y = samples.y[i]
-                    left = is_left_out(x, y, inside, window, side, level)
-                    weight = samples.weight[i]
+                grad = load_gradient(grad_output_ptr, group, sizes, tile)
+                for point in tl.static_range(sizes.P):
+                    x = samples.x[point]
+                    y = samples.y[point]
+                    left = is_left_out(x, y, group.inside, window, side, level)
+                    weight = samples.weight[point]
                     scatter_sample(grad, pointers, x, y, weight, left, level, None, sizes, tile)
         pointers += (height * width).to(tl.int64) * (sizes.M * sizes.D)

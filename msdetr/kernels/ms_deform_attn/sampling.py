@@ -77,8 +77,18 @@ class Level(NamedTuple):
     valid_width: Any
 
 
+class Group(NamedTuple):
+    """Queries of one head and image. A row is one of them."""
+
+    batch: Any
+    num_queries: Any  # Q
+    head: Any
+    query: Any  # [ROWS], 64-bit if WIDE; a valid index where there is no query
+    inside: Any  # [ROWS] mask of queries that exist
+
+
 class Rows(NamedTuple):
-    """The rows of a program: queries of one head and image. The last three need R > 0."""
+    """Inputs of a group. The last three need R > 0."""
 
     points: Any  # [ROWS, 1] pointers to the first point
     weights: Any  # [ROWS, 1] pointers to the first weight
@@ -139,7 +149,15 @@ def load_level(index, maps, batch, sizes):
 
 
 @triton.jit
-def tile_queries(index, num_queries, maps, sizes, tile):
+def program_queries(num_queries, maps, sizes, tile):
+    """The group of queries that this program of a direct kernel serves."""
+    head = tl.program_id(0) % sizes.M
+    query, inside = _tile_queries(tl.program_id(0) // sizes.M, num_queries, maps, sizes, tile)
+    return Group(tl.program_id(1).to(tl.int64), num_queries, head, query, inside)
+
+
+@triton.jit
+def _tile_queries(index, num_queries, maps, sizes, tile):
     """Queries of a tile: indices [BLOCK_Q] (a valid index where there is no query), and a mask.
 
     With TILE_X = 0, a tile is BLOCK_Q consecutive queries. Otherwise queries are the pixels of the
@@ -180,26 +198,26 @@ def tile_queries(index, num_queries, maps, sizes, tile):
 
 
 @triton.jit
-def point_pointers(queries, batch, head, query, sizes):
+def point_pointers(queries, group, sizes):
     """Pointers [ROWS, 1] to the first point and the first weight of rows."""
     LP: tl.constexpr = sizes.L * sizes.P
-    points = queries.points + batch * queries.points_b
-    weights = queries.weights + batch * queries.weights_b
-    points += (query * queries.points_q + head * (2 * LP))[:, None]
-    weights += (query * queries.weights_q + head * LP)[:, None]
+    points = queries.points + group.batch * queries.points_b
+    weights = queries.weights + group.batch * queries.weights_b
+    points += (group.query * queries.points_q + group.head * (2 * LP))[:, None]
+    weights += (group.query * queries.weights_q + group.head * LP)[:, None]
     return points, weights
 
 
 @triton.jit
-def load_rows(queries, num_queries, batch, head, query, sizes):
-    """The rows of queries [ROWS]; reads their logits."""
-    points, weights = point_pointers(queries, batch, head, query, sizes)
+def load_rows(queries, group, sizes):
+    """The inputs of a group; reads its logits."""
+    points, weights = point_pointers(queries, group, sizes)
     reference = 0
     highest = 0.0
     scale = 1.0
     if sizes.R > 0:
-        reference = queries.reference + batch * num_queries * (sizes.L * sizes.R)
-        reference += query * (sizes.L * sizes.R)
+        reference = queries.reference + group.batch * group.num_queries * (sizes.L * sizes.R)
+        reference += group.query * (sizes.L * sizes.R)
         highest, scale = _softmax_of_rows(weights, sizes)
     return Rows(points, weights, reference, highest, scale)
 
@@ -380,19 +398,28 @@ def split_mask(rows, split, sizes, tile):
 
 
 @triton.jit
-def output_pointers(output_ptr, num_queries, batch, head, query, sizes, tile):
-    """Pointers [ROWS, SPLIT_D] to the first split of rows of the output, or of its gradient."""
+def output_pointers(output_ptr, group, channel, sizes):
+    """Pointers [ROWS, channels] to rows of the output, or of its gradient; `channel` [1, channels]
+    among those of all heads."""
     STRIDE: tl.constexpr = sizes.M * sizes.D
-    channel = head * sizes.D + tl.arange(0, tile.SPLIT_D)[None, :]
-    return output_ptr + batch * num_queries * STRIDE + (query * STRIDE)[:, None] + channel
+    image = output_ptr + group.batch * group.num_queries * STRIDE
+    return image + (group.query * STRIDE)[:, None] + channel
 
 
 @triton.jit
-def load_gradient(pointers, inside, sizes, tile):
+def split_channels(head, sizes, tile):
+    """Channels [1, SPLIT_D] of the first split of a head, among those of all heads."""
+    return head * sizes.D + tl.arange(0, tile.SPLIT_D)[None, :]
+
+
+@triton.jit
+def load_gradient(grad_output_ptr, group, sizes, tile):
     """Gradient of the output, as float32 splits; 0 where there is no query or channel."""
+    channel = split_channels(group.head, sizes, tile)
+    pointers = output_pointers(grad_output_ptr, group, channel, sizes)
     tiles = ()
     for i in tl.static_range(tile.SPLITS):
-        mask = split_mask(inside, i, sizes, tile)
+        mask = split_mask(group.inside, i, sizes, tile)
         split = tl.load(pointers + i * tile.SPLIT_D, mask=mask, other=0.0).to(tl.float32)
         tiles = tiles + (split,)
     return tiles

@@ -23,9 +23,9 @@ from msdetr.kernels.ms_deform_attn.sampling import (
     load_reference,
     load_rows,
     load_samples,
-    output_pointers,
+    program_queries,
+    split_channels,
     split_mask,
-    tile_queries,
 )
 
 
@@ -78,20 +78,16 @@ def value_kernel(
     tile: tl.constexpr,  # Tile
 ):
     """Gradient of `value`: each sample is added separately."""
-    program = tl.program_id(0)
-    batch = tl.program_id(1).to(tl.int64)
-    head = program % sizes.M
-    query, inside = tile_queries(program // sizes.M, num_queries, maps, sizes, tile)
-    rows = load_rows(queries, num_queries, batch, head, query, sizes)
-    channel = head * sizes.D + tl.arange(0, tile.SPLIT_D)[None, :]
-    grad_rows = output_pointers(grad_output_ptr, num_queries, batch, head, query, sizes, tile)
-    grad = load_gradient(grad_rows, inside, sizes, tile)
+    group = program_queries(num_queries, maps, sizes, tile)
+    rows = load_rows(queries, group, sizes)
+    grad = load_gradient(grad_output_ptr, group, sizes, tile)
     fixed_point = None
     if fixed_point_ptr is not None:
         fixed_point = tl.load(fixed_point_ptr)
-    pointers = grad_value_ptr + batch * num_tokens * (sizes.M * sizes.D) + channel
+    pointers = grad_value_ptr + group.batch * num_tokens * (sizes.M * sizes.D)
+    pointers += split_channels(group.head, sizes, tile)
     for index in range(sizes.L):
-        level = load_level(index, maps, batch, sizes)
+        level = load_level(index, maps, group.batch, sizes)
         reference = load_reference(rows, index, level, sizes)
         for point in tl.static_range(0, sizes.P, sizes.GROUP):
             samples = load_samples(rows, reference, index, level, point, sizes, True)
@@ -101,6 +97,6 @@ def value_kernel(
                     y = samples.y[i]
                     weight = samples.weight[i]
                     scatter_sample(
-                        grad, pointers, x, y, weight, inside, level, fixed_point, sizes, tile
+                        grad, pointers, x, y, weight, group.inside, level, fixed_point, sizes, tile
                     )
         pointers += (level.height * level.width).to(tl.int64) * (sizes.M * sizes.D)

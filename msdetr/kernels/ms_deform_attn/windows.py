@@ -34,12 +34,14 @@ from msdetr.kernels.ms_deform_attn.cells import (
     fine_queries,
     fits_window,
     is_left_out,
+    program_cell,
 )
 from msdetr.kernels.ms_deform_attn.sampling import (
     load_level,
     load_reference,
     load_rows,
     load_samples,
+    output_pointers,
     within,
 )
 
@@ -199,11 +201,19 @@ def _channels(rows, sizes, windows):
 
 
 @triton.jit
-def _load_gradient(grad_output_ptr, query, inside, sizes, windows):
-    """Output gradients of queries, [ROWS, PADDED_D] in their own type."""
-    channel, mask = _channels(inside, sizes, windows)
-    pointers = grad_output_ptr + (query * (sizes.M * sizes.D))[:, None] + channel
+def _load_gradient(grad_output_ptr, group, sizes, windows):
+    """Gradients of the output [ROWS, PADDED_D], in their own type."""
+    channel, mask = _channels(group.inside, sizes, windows)
+    pointers = output_pointers(grad_output_ptr, group, group.head * sizes.D + channel, sizes)
     return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_share(grad, rows, group, index, level, sizes):
+    """The share of a group, given its gradients and inputs."""
+    reference = load_reference(rows, index, level, sizes)
+    samples = load_samples(rows, reference, index, level, 0, sizes, True)
+    return _Share(grad, group.inside, samples)
 
 
 @triton.jit(do_not_specialize=["maps", "num_queries", "cells_across"])
@@ -219,36 +229,27 @@ def splat_kernel(
     windows: tl.constexpr,  # WindowSizes
 ):
     """Gradient of `value` from all samples that fit the windows."""
-    program = tl.program_id(0)
-    batch = tl.program_id(1).to(tl.int64)
-    head = program % sizes.M
-    cell_y = program // sizes.M // cells_across
-    cell_x = program // sizes.M % cells_across
-    image = batch * num_queries * (sizes.M * sizes.D) + head * sizes.D
-    grad_output_ptr += image
-    level_base = grad_value_ptr + image
-    windows_ptr += (batch * tl.num_programs(0) + program) * (sizes.L * 3)
+    cell = program_cell(num_queries, cells_across, sizes)
+    level_base = grad_value_ptr + cell.batch * num_queries * (sizes.M * sizes.D)
+    level_base += cell.head * sizes.D
+    windows_ptr += (cell.batch * tl.num_programs(0) + tl.program_id(0)) * (sizes.L * 3)
 
-    query, inside = fine_queries(cell_y, cell_x, maps)
-    count = tl.maximum(tl.sum(inside.to(tl.int32), 0), 1).to(tl.float32)
-    grad = _load_gradient(grad_output_ptr, query, inside, sizes, windows)
-    rows = load_rows(queries, num_queries, batch, head, query, sizes)
+    group = fine_queries(cell, maps)
+    count = tl.maximum(tl.sum(group.inside.to(tl.int32), 0), 1).to(tl.float32)
+    grad = _load_gradient(grad_output_ptr, group, sizes, windows)
+    rows = load_rows(queries, group, sizes)
     if sizes.L > 1:
-        query, coarse_inside = coarse_queries(cell_y, cell_x, maps, sizes)
-        coarse_grad = _load_gradient(grad_output_ptr, query, coarse_inside, sizes, windows)
-        coarse_rows = load_rows(queries, num_queries, batch, head, query, sizes)
+        coarse_group = coarse_queries(cell, maps, sizes)
+        coarse_grad = _load_gradient(grad_output_ptr, coarse_group, sizes, windows)
+        coarse_rows = load_rows(queries, coarse_group, sizes)
     # One loop per window size, to limit the code and its compilation time.
     for loop in tl.static_range(2 if sizes.L > 2 else 1):
         for index in range(2 * loop, sizes.L if loop == 1 or sizes.L < 2 else 2):
-            level = load_level(index, maps, batch, sizes)
-            reference = load_reference(rows, index, level, sizes)
-            samples = load_samples(rows, reference, index, level, 0, sizes, True)
-            fine = _Share(grad, inside, samples)
+            level = load_level(index, maps, cell.batch, sizes)
+            fine = _load_share(grad, rows, group, index, level, sizes)
             coarse = fine
             if sizes.L > 1:
-                reference = load_reference(coarse_rows, index, level, sizes)
-                samples = load_samples(coarse_rows, reference, index, level, 0, sizes, True)
-                coarse = _Share(coarse_grad, coarse_inside, samples)
+                coarse = _load_share(coarse_grad, coarse_rows, coarse_group, index, level, sizes)
             _splat_level(
                 fine,
                 coarse,
