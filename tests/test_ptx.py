@@ -28,16 +28,23 @@ def kernel_device():
 """
 
 KERNELS = """\
+from typing import NamedTuple
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 
 
+class Terms(NamedTuple):
+    a: torch.Tensor
+    b: torch.Tensor
+
+
 @triton.jit
-def add_kernel(a, b, result, SIZE: tl.constexpr):
+def add_kernel(terms, result, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)
-    tl.store(result + i, tl.load(a + i) + tl.load(b + i))
+    tl.store(result + i, tl.load(terms.a + i) + tl.load(terms.b + i))
 
 
 @triton.jit
@@ -49,7 +56,7 @@ def reverse_kernel(x, result, SIZE: tl.constexpr):
 
 def add(a, b):
     result = torch.empty_like(a)
-    add_kernel[(1,)](a, b, result, SIZE=128)
+    add_kernel[(1,)](Terms(a, b), result, SIZE=128)
     return result
 
 
@@ -102,16 +109,32 @@ def test_errors_of_kernels_fail_tests(tmp_path):
     report = run(tmp_path, TESTS, "--ptx", "sm_90", "--ptx-seed", "0,1", "-n", "1")
     assert "8 failed, 4 passed" in report, report
     for test, error in (
-        ("race", r"reverse_kernel, PTX line \d+ \(test_kernels.py:18:\d+\).*race between warps"),
-        ("bounds", r"add_kernel, PTX line \d+ \(test_kernels.py:11:\d+\).*out of bounds at b"),
-        ("unwritten", r"add_kernel.*never written at b"),
-        ("caught", r"add_kernel.*out of bounds at b \+ 508"),
+        ("race", r"reverse_kernel, PTX line \d+ \(test_kernels.py:25:\d+\).*race between warps"),
+        (
+            "bounds",
+            r"add_kernel, PTX line \d+ \(test_kernels.py:18:\d+\).*out of bounds at terms\[1\]",
+        ),
+        ("unwritten", r"add_kernel.*never written at terms\[1\]"),
+        ("caught", r"add_kernel.*out of bounds at terms\[1\] \+ 508"),
     ):
         assert re.search(error, report), report
         assert report.count(f"FAILED test_kernels.py::test_{test}[seed=") == 2
     assert re.search(r"add_kernel +bfloat16 +2 +\d+", report)
     assert re.search(r"add_kernel +float32 +8 +\d+", report)
     assert "3 pairs of kernel and dtype" in report
+
+
+@pytest.mark.parametrize(
+    ("types", "dtype"),
+    [
+        (["*fp32", "*bf16", "i64"], "bfloat16"),
+        (["('*fp32', ('*fp16', 'i32'))", "*fp32"], "float16"),
+        (["*fp32", "fp32", "*i64"], "float32"),
+        (["fp32", "*i64"], "-"),
+    ],
+)
+def test_dtype_of_a_launch(types, dtype):
+    assert ptx.dtype_of(types) == dtype
 
 
 def test_without_the_emulator_tests_are_skipped(tmp_path):
