@@ -52,7 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
     from msdetr.ops import dispatch
 
     dispatch.kernel_devices = frozenset({"cpu"})
-    config.option.impl = "triton"
+    config.option.impl = "triton"  # of the golden cases
     if not hasattr(config, "workerinput"):
         # Compiled kernels lack the part that only a GPU reads. Keep them from those that have it.
         folder = os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache"

@@ -136,10 +136,10 @@ def test_every_kernel_has_a_case():
         and any(ast.unparse(x).startswith("triton.jit") for x in function.decorator_list)
     ]
     called = {
-        node.id
+        node.id if isinstance(node, ast.Name) else node.attr
         for function in compiled
         for node in ast.walk(function)
-        if isinstance(node, ast.Name)
+        if isinstance(node, ast.Name | ast.Attribute)
     }
     kernels = {function.name for function in compiled} - called
     covered = {name for case in CASES for name, _ in case.launches(torch.float32)}

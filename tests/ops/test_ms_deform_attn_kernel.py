@@ -77,8 +77,8 @@ def random_call(
         reference = torch.rand(batch, queries, len(shapes), reference_dim)
     samples = heads * len(shapes) * points
     offsets = torch.randn(batch, queries, 2 * samples) * spread
-    # Not at pixel centres in any type: gradients of positions are one-sided there.
-    offsets = (offsets * 4).round() / 4 + 0.140625
+    # Exact in every type, and never at pixel centres: gradients of positions are one-sided there.
+    offsets = (offsets * 4).round().clamp(-30, 30) / 4 + 5 / 32
     projection = torch.cat((offsets, torch.randn(batch, queries, samples)), dim=-1)
     return Call(
         torch.randn(batch, tokens, heads, head_dim).to(device, dtype),
@@ -462,6 +462,9 @@ class TestStandard:
         assert torch.equal(result, expected)
 
 
+ENCODER = ((100, 167), (50, 84), (25, 42), (13, 21))
+
+
 class TestAccuracy:
     def test_thousands_of_additions_in_one_pixel(self, kernel_device):
         """A bfloat16 sum would stop growing at 256 times an addend."""
@@ -488,11 +491,19 @@ class TestAccuracy:
     @pytest.mark.gpu
     @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
     def test_encoder_size(self, kernel_device, dtype):
-        shapes = ((100, 167), (50, 84), (25, 42), (13, 21))
         call = random_call(
-            kernel_device, shapes=shapes, queries=None, heads=8, head_dim=32, dtype=dtype
+            kernel_device, shapes=ENCODER, queries=None, heads=8, head_dim=32, dtype=dtype
         )
         check(call)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+    def test_no_sample_is_at_a_pixel_centre(self, dtype):
+        """There, the reference itself is far off, and errors of positions would not show."""
+        call = random_call(torch.device("cpu"), shapes=ENCODER, queries=None, heads=1, dtype=dtype)
+        offsets = call.projection[0, :, : 4 * 4 * 2].double().unflatten(1, (4, 4, 2))
+        sides = torch.tensor(ENCODER).flip(-1)
+        position = call.reference[0].double()[:, :, None] * sides[:, None] - 0.5 + offsets
+        assert (position - position.round()).abs().amin() > 1e-4
 
 
 @pytest.mark.parametrize("queries", [5, None])
@@ -576,10 +587,9 @@ class TestDeterministic:
 
     @pytest.mark.gpu
     def test_repeats_bitwise(self, kernel_device):
-        shapes = ((100, 167), (50, 84), (25, 42), (13, 21))
         call = random_call(
             kernel_device,
-            shapes=shapes,
+            shapes=ENCODER,
             queries=None,
             heads=8,
             head_dim=32,
