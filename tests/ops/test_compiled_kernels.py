@@ -19,7 +19,9 @@ from ops import test_ms_deform_attn_kernel as attention
 from ptx import dtype_of
 from scenes import Scene, random_scene
 
-configs = pytest.importorskip("msdetr.kernels.ms_deform_attn_configs")
+from msdetr.kernels.ms_deform_attn import configs
+
+pytest.importorskip("triton")
 
 FOLDER = Path(__file__).resolve().parents[2] / "msdetr" / "kernels"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
