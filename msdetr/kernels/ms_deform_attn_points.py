@@ -50,7 +50,12 @@ def _dot_with_corner(
 ):
     """<g, value> of one corner of each row: [ROWS]."""
     value = tl.load(pointers, mask=channel_mask(mask, 0, D, SPLIT_D), other=0.0)
-    product = grad[0] * value.to(tl.float32)
+    if SPLITS == 1 and value.dtype == tl.float32:
+        # Rounded. Where a lane holds one channel, the compiler would contract only its own product
+        # into the sum over lanes, and lanes would hold sums that differ.
+        product = tl.fma(grad[0], value, 0.0)
+    else:
+        product = grad[0] * value.to(tl.float32)
     for i in tl.static_range(1, SPLITS):
         rows = channel_mask(mask, i, D, SPLIT_D)
         value = tl.load(pointers + i * SPLIT_D, mask=rows, other=0.0)
