@@ -19,8 +19,8 @@ Rows are the smaller side of a problem: targets, or queries if there are more ta
 State is per column, in memory that the first-level cache holds: `v`, the potential of the matched
 row (so that a scan of a row needs no look-up of its potential), distance, predecessor, and whether
 the search has passed the column. Arithmetic is float64, as in SciPy: the optimum is the same
-wherever it is unique. A cost that is not finite is replaced by 1e30. Of equal distances, a free
-column goes first, then the lowest index.
+wherever it is unique. A cost that is not finite is replaced by 2^1000, as in
+`msdetr.ops.linear_assignment`. Of equal distances, a free column goes first, then the lowest index.
 
 Problems are ragged: programs read `count`, and do not access columns and rows beyond it. Every
 element of the results is written by the kernels, and the host reads nothing.
@@ -99,20 +99,14 @@ def _problem(problems, index, TALL: tl.constexpr):
 
 @triton.jit
 def _state(problems, index, TALL: tl.constexpr):
-    num_columns = problems.num_targets if TALL else problems.num_queries
-    num_rows = problems.num_queries if TALL else problems.num_targets
-    v = problems.state + index * 3 * num_columns
-    row_of_column = problems.links + index * (3 * num_columns + num_rows)
-    previous = row_of_column + num_columns
-    passed = previous + num_columns
+    columns = problems.num_targets if TALL else problems.num_queries
+    rows = problems.num_queries if TALL else problems.num_targets
+    v = problems.state + index * 3 * columns
+    row_of_column = problems.links + index * (3 * columns + rows)
+    previous = row_of_column + columns
+    passed = previous + columns
     return _State(
-        v,
-        v + num_columns,
-        v + 2 * num_columns,
-        row_of_column,
-        previous,
-        passed,
-        passed + num_columns,
+        v, v + columns, v + 2 * columns, row_of_column, previous, passed, passed + columns
     )
 
 
@@ -322,16 +316,9 @@ def linear_assignment(
     query_index = cost.new_empty((layers, batch, targets), dtype=torch.int64)
     mask = torch.empty_like(query_index, dtype=torch.bool)
     target_class = cost.new_empty((layers, batch, queries), dtype=torch.int64)
-    problems = _Problems(
-        cost,
-        *cost.stride(),
-        count,
-        batch,
-        queries,
-        targets,
-        state=cost.new_empty((len(cost), 3, columns), dtype=torch.float64),
-        links=cost.new_empty((len(cost), 3 * columns + rows), dtype=torch.int32),
-    )
+    state = cost.new_empty((len(cost), 3, columns), dtype=torch.float64)
+    links = cost.new_empty((len(cost), 3 * columns + rows), dtype=torch.int32)
+    problems = _Problems(cost, *cost.stride(), count, batch, queries, targets, state, links)
     block = min(max(triton.next_power_of_2(columns), 32), _MAX_BLOCK)
     launch = {
         "TALL": targets > queries,
@@ -340,8 +327,7 @@ def linear_assignment(
         "enable_fp_fusion": False,
     }
     best_columns_kernel[(len(cost), rows)](problems, **launch)
-    # By default, ptxas spills registers so that more programs fit on a multiprocessor than there
-    # are problems.
+    # By default, ptxas may spill, so that more programs fit on a multiprocessor than there are.
     linear_assignment_kernel[(len(cost),)](
         problems, labels, query_index, mask, target_class, **launch, maxnreg=128
     )
