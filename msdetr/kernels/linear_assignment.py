@@ -318,7 +318,7 @@ def linear_assignment(
     target_class = cost.new_empty((layers, batch, queries), dtype=torch.int64)
     state = cost.new_empty((len(cost), 3, columns), dtype=torch.float64)
     links = cost.new_empty((len(cost), 3 * columns + rows), dtype=torch.int32)
-    problems = _Problems(cost, *cost.stride(), count, batch, queries, targets, state, links)
+    problems = _Problems._make((cost, *cost.stride(), count, batch, queries, targets, state, links))
     block = min(max(triton.next_power_of_2(columns), 32), _MAX_BLOCK)
     launch = {
         "TALL": targets > queries,

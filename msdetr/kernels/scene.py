@@ -39,9 +39,9 @@ def scene_of(
     logits: Tensor, boxes: Tensor, labels: Tensor | None, target_boxes: Tensor, count: Tensor
 ) -> Scene:
     """Tensors of targets are contiguous."""
-    targets = labels, target_boxes, count
-    sizes = *boxes.shape[1:3], target_boxes.shape[1], logits.shape[3]
-    return Scene(logits, *logits.stride(), boxes, *boxes.stride(), *targets, *sizes)
+    targets = (labels, target_boxes, count)
+    sizes = (*boxes.shape[1:3], target_boxes.shape[1], logits.shape[3])
+    return Scene._make((logits, *logits.stride(), boxes, *boxes.stride(), *targets, *sizes))
 
 
 class Queries(NamedTuple):
