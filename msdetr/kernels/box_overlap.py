@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 _SMALLEST_AREA = tl.constexpr(1e-30)
 
 
+class Box(NamedTuple):
+    """Boxes in float32, by centre and by corners."""
+
+    x: Any
+    y: Any
+    width: Any
+    height: Any
+    x0: Any
+    y0: Any
+    x1: Any
+    y1: Any
+
+
 @triton.jit
 def load_box(pointer, stride, mask):
-    """(x, y, width, height) in float32 of boxes whose first coordinate is at `pointer`."""
+    """Boxes whose first coordinate (cxcywh) is at `pointer`."""
     x = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
     y = tl.load(pointer + stride, mask=mask, other=0.0).to(tl.float32)
     width = tl.load(pointer + 2 * stride, mask=mask, other=0.0).to(tl.float32)
     height = tl.load(pointer + 3 * stride, mask=mask, other=0.0).to(tl.float32)
-    return x, y, width, height
+    x0, y0 = x - 0.5 * width, y - 0.5 * height
+    return Box(x, y, width, height, x0, y0, x + 0.5 * width, y + 0.5 * height)
 
 
 @triton.jit
-def to_corners(x, y, width, height):
-    """(x0, y0, x1, y1)"""
-    return x - 0.5 * width, y - 0.5 * height, x + 0.5 * width, y + 0.5 * height
-
-
-@triton.jit
-def intersection_and_union(ax0, ay0, ax1, ay1, bx0, by0, bx1, by1):
-    """Areas of the intersection and union of corner boxes."""
-    width = tl.maximum(tl.minimum(ax1, bx1) - tl.maximum(ax0, bx0), 0.0)
-    height = tl.maximum(tl.minimum(ay1, by1) - tl.maximum(ay0, by0), 0.0)
+def intersection_and_union(a, b):
+    """Areas of the intersection and union of boxes."""
+    width = tl.maximum(tl.minimum(a.x1, b.x1) - tl.maximum(a.x0, b.x0), 0.0)
+    height = tl.maximum(tl.minimum(a.y1, b.y1) - tl.maximum(a.y0, b.y0), 0.0)
     intersection = width * height
-    area_a = (ax1 - ax0) * (ay1 - ay0)
-    area_b = (bx1 - bx0) * (by1 - by0)
+    area_a = (a.x1 - a.x0) * (a.y1 - a.y0)
+    area_b = (b.x1 - b.x0) * (b.y1 - b.y0)
     return intersection, area_a + area_b - intersection
 
 

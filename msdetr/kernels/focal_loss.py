@@ -24,7 +24,7 @@ intermediate result is stored.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,6 +33,17 @@ from torch import Tensor
 
 _ELEMENTS = 2048
 """Logits per program: 16 per thread, of four warps."""
+
+
+class _Layers(NamedTuple):
+    """N layers of logits; an argument of both kernels."""
+
+    logits: Any  # [N, B, Q, K]
+    target: Any  # [N, B, Q]
+    num_chunks: Any  # of a layer
+    num_queries: Any  # B * Q
+    alpha: Any
+    rest: Any  # 1 - alpha
 
 
 @triton.jit
@@ -74,27 +85,19 @@ def _sigmoid_and_softplus(z, GAMMA: tl.constexpr):
 
 
 @triton.jit
-def _locate(
-    target_ptr,
-    num_chunks,
-    num_queries,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    SPAN: tl.constexpr,
-):
+def _locate(layers, K: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr, SPAN: tl.constexpr):
     """Layer of this program, offsets of its logits [CHUNKS, V], mask of those that exist
     [CHUNKS, 1], and of those that are positive [CHUNKS, V]."""
     layer = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * CHUNKS  # in the layer
     chunk = tl.arange(0, CHUNKS)
-    inside = chunk < tl.minimum(num_chunks - first, CHUNKS).to(tl.int32)
+    inside = chunk < tl.minimum(layers.num_chunks - first, CHUNKS).to(tl.int32)
     # The program's first query needs 64 bits; queries of chunks are relative to it.
     first_query = first * V // K
     column = (first * V - first_query * K).to(tl.int32) + chunk * V
     query = column // K
     column -= query * K  # of the chunk's first logit
-    targets = target_ptr + (layer * num_queries + first_query) + query
+    targets = layers.target + (layer * layers.num_queries + first_query) + query
     place = tl.arange(0, V)[None, :]
     positive = tl.zeros((CHUNKS, V), tl.int1)
     for i in tl.static_range(SPAN):
@@ -105,19 +108,14 @@ def _locate(
         exists = (target >= 0) & (target < K)
         place_of_class = tl.where(exists, target.to(tl.int32) + (i * K - column), -1)
         positive = positive | (place == place_of_class[:, None])
-    offset = (layer * num_chunks + first) * V + (chunk * V)[:, None] + place
+    offset = (layer * layers.num_chunks + first) * V + (chunk * V)[:, None] + place
     return layer, offset, inside[:, None], positive
 
 
 @triton.jit
 def focal_forward_kernel(
-    logits_ptr,  # [N, B, Q, K]
-    target_ptr,  # [N, B, Q]
+    layers,
     partial_ptr,  # [N, programs]
-    num_chunks,  # per layer
-    num_queries,  # B * Q
-    alpha,
-    rest,  # 1 - alpha
     GAMMA: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -125,27 +123,20 @@ def focal_forward_kernel(
     SPAN: tl.constexpr,
 ):
     """The loss of a program's logits; see `msdetr.ops.focal_loss`."""
-    layer, offset, inside, positive = _locate(
-        target_ptr, num_chunks, num_queries, K, V, CHUNKS, SPAN
-    )
+    layer, offset, inside, positive = _locate(layers, K, V, CHUNKS, SPAN)
     # The loss of a negative logit of minus infinity is 0.
-    x = tl.load(logits_ptr + offset, mask=inside, other=-float("inf")).to(tl.float32)
+    x = tl.load(layers.logits + offset, mask=inside, other=-float("inf")).to(tl.float32)
     power, _, _, softplus = _sigmoid_and_softplus(tl.where(positive, -x, x), GAMMA)
-    loss = tl.where(positive, alpha, rest) * (power * softplus)
+    loss = tl.where(positive, layers.alpha, layers.rest) * (power * softplus)
     tl.store(partial_ptr + layer * tl.num_programs(0) + tl.program_id(0), tl.sum(loss))
 
 
 @triton.jit
 def focal_backward_kernel(
+    layers,
     grad_output_ptr,  # [N]
-    logits_ptr,  # [N, B, Q, K]
-    target_ptr,  # [N, B, Q]
-    grad_logits_ptr,  # [N, B, Q, K]
     stride_grad,
-    num_chunks,  # per layer
-    num_queries,  # B * Q
-    alpha,
-    rest,  # 1 - alpha
+    grad_logits_ptr,  # [N, B, Q, K]
     GAMMA: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -153,13 +144,11 @@ def focal_backward_kernel(
     SPAN: tl.constexpr,
 ):
     """The gradient of a program's logits."""
-    layer, offset, inside, positive = _locate(
-        target_ptr, num_chunks, num_queries, K, V, CHUNKS, SPAN
-    )
-    x = tl.load(logits_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    layer, offset, inside, positive = _locate(layers, K, V, CHUNKS, SPAN)
+    x = tl.load(layers.logits + offset, mask=inside, other=0.0).to(tl.float32)
     grad_output = tl.load(grad_output_ptr + layer * stride_grad)
     power, p, q, softplus = _sigmoid_and_softplus(tl.where(positive, -x, x), GAMMA)
-    weight = tl.where(positive, -alpha * grad_output, rest * grad_output)
+    weight = tl.where(positive, -layers.alpha * grad_output, layers.rest * grad_output)
     grad = weight * (power * (GAMMA * (q * softplus) + p))
     tl.store(grad_logits_ptr + offset, grad.to(grad_logits_ptr.dtype.element_ty), mask=inside)
 
@@ -169,11 +158,9 @@ def forward(logits: Tensor, target_class: Tensor, alpha: float, gamma: float) ->
     num_layers = logits.shape[0]
     if not logits.numel():
         return logits.new_zeros(num_layers, dtype=torch.float32)
-    grid, sizes, constants = _plan(logits, gamma)
+    grid, layers, constants = _plan(logits, target_class, alpha, gamma)
     partial = logits.new_empty(grid[::-1], dtype=torch.float32)
-    focal_forward_kernel[grid](
-        logits, target_class, partial, *sizes, alpha, 1.0 - alpha, **constants
-    )
+    focal_forward_kernel[grid](layers, partial, **constants)
     return partial.sum(1)
 
 
@@ -184,24 +171,17 @@ def backward(
     grad_logits = torch.empty_like(logits)
     if not logits.numel():
         return grad_logits
-    grid, sizes, constants = _plan(logits, gamma)
-    focal_backward_kernel[grid](
-        grad_output,
-        logits,
-        target_class,
-        grad_logits,
-        grad_output.stride(0),
-        *sizes,
-        alpha,
-        1.0 - alpha,
-        **constants,
-    )
+    grid, layers, constants = _plan(logits, target_class, alpha, gamma)
+    stride = grad_output.stride(0)
+    focal_backward_kernel[grid](layers, grad_output, stride, grad_logits, **constants)
     return grad_logits
 
 
-def _plan(logits: Tensor, gamma: float) -> tuple[tuple[int, int], tuple[int, int], dict[str, Any]]:
-    """The grid, (chunks, queries) of a layer, and the compile-time constants."""
-    layers, batch, queries, classes = logits.shape
+def _plan(
+    logits: Tensor, target_class: Tensor, alpha: float, gamma: float
+) -> tuple[tuple[int, int], _Layers, dict[str, Any]]:
+    """The grid, the common argument of the kernels, and the compile-time constants."""
+    num_layers, batch, queries, classes = logits.shape
     size = batch * queries * classes
     chunk = math.gcd(size, 16 // logits.element_size())
     num_chunks = size // chunk
@@ -215,5 +195,6 @@ def _plan(logits: Tensor, gamma: float) -> tuple[tuple[int, int], tuple[int, int
         "num_warps": 4,
         "enable_fp_fusion": True,
     }
-    grid = (triton.cdiv(num_chunks, _ELEMENTS // chunk), layers)
-    return grid, (num_chunks, batch * queries), constants
+    grid = (triton.cdiv(num_chunks, _ELEMENTS // chunk), num_layers)
+    layers = _Layers(logits, target_class, num_chunks, batch * queries, alpha, 1.0 - alpha)
+    return grid, layers, constants

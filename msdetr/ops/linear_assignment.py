@@ -8,16 +8,24 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from msdetr.boxes import at_least_float32
 from msdetr.ops.dispatch import Impl, resolve_impl
 from msdetr.ops.registration import register_op
+
+WORST_COST = 2.0**1000
+"""Replaces costs that are not finite, so that these pairs are ranked last. It is higher than every
+number in float32, and sums of it are finite in float64."""
 
 
 def linear_assignment(cost: Tensor, count: Tensor, *, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
     """Solve P assignment problems.
 
+    Arithmetic is float64. Beside a cost that cannot be avoided, differences that are 2^53 times
+    smaller are lost, and the assignment may not be the cheapest one by such differences.
+
     Args:
-        cost: [P, Q, T], finite, with any strides. (The kernel ranks costs that are not finite
-            last, SciPy refuses them.)
+        cost: [P, Q, T], of any floating type, with any strides. NaN, both infinities, and
+            magnitudes of `WORST_COST` and more, which only float64 has, count as `WORST_COST`.
         count: [P] int64, number of targets of each problem; targets are the first columns.
         impl: see `msdetr.ops.dispatch`. The reference is SciPy: it copies the costs to the host and
             the result back. The kernel does not copy anything to the host.
@@ -87,9 +95,11 @@ def _solve(cost: Tensor, count: Tensor) -> Tensor:
     """[N, B, T], the query of each target, -1 if it has none."""
     layers, batch, num_queries, slots = cost.shape
     # One copy to the host for costs and counts. Counts are exact in float32 up to 2 ** 24.
+    cost = at_least_float32(cost)
     counts = count.to(cost.dtype).repeat(layers)
-    packed = torch.cat((cost.flatten(0, 1).flatten(1), counts[:, None]), dim=1).cpu()
-    costs = packed[:, :-1].unflatten(1, (num_queries, slots)).numpy()
+    packed = torch.cat((cost.flatten(0, 1).flatten(1), counts[:, None]), dim=1).cpu().double()
+    costs = packed[:, :-1].unflatten(1, (num_queries, slots))
+    costs = costs.where(costs.abs() < WORST_COST, WORST_COST).numpy()
     # -1 means that there is no query, so that one tensor is copied back.
     queries = torch.full((layers * batch, slots), -1, dtype=torch.int64)
     for problem, num_targets in enumerate(packed[:, -1].long().tolist()):

@@ -16,6 +16,7 @@ from scenes import Scene, match, padded_targets, random_scene, with_garbage_padd
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from msdetr.ops.linear_assignment import WORST_COST as LINEAR_WORST_COST
 from msdetr.ops.linear_assignment import linear_assignment, linear_assignment_of_layers
 from msdetr.ops.matching_cost import WORST_COST, matching_cost
 from msdetr.ops.one_to_many import OneToMany, one_to_many
@@ -153,7 +154,7 @@ def check_assignment(cost: Tensor, count: Tensor, device: torch.device, *, uniqu
         chosen = query_index[problem, mine]
         assert len(chosen.unique()) == len(chosen)
         total = cost[problem, chosen, mine.nonzero()[:, 0]].double().sum().item()
-        rows, columns = linear_sum_assignment(cost[problem, :, :targets].numpy())
+        rows, columns = linear_sum_assignment(cost[problem, :, :targets].double().numpy())
         assert total == pytest.approx(
             cost[problem].double()[rows, columns].sum().item(), rel=1e-9, abs=1e-9
         )
@@ -233,9 +234,9 @@ class TestLinearAssignment:
         added = []
         add_row = kernel._add_row
 
-        def counted(row, *rest):
+        def counted(problem, state, row, *rest):
             added.append(row)
-            add_row(row, *rest)
+            add_row(problem, state, row, *rest)
 
         monkeypatch.setattr(kernel, "_add_row", counted)
         cost = torch.rand(1, 12, 8) + 1.0
@@ -249,17 +250,68 @@ class TestLinearAssignment:
         cost[0, 3] = 1e6
         check_assignment(cost, torch.tensor([6, 4]), kernel_device, unique=False)
 
-    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-    def test_costs_that_are_not_finite_terminate(self, kernel_device, bad):
-        cost = torch.randn(2, 5, 3)
+    @pytest.mark.parametrize(
+        ("largest", "dtype"),
+        [
+            (1e30, torch.float32),
+            (1e35, torch.float32),
+            (3e38, torch.float32),
+            (torch.finfo(torch.float32).max, torch.float32),
+            (6e4, torch.float16),
+            (3e38, torch.bfloat16),
+            (1e250, torch.float64),
+            (LINEAR_WORST_COST / 2, torch.float64),
+        ],
+    )
+    def test_huge_costs(self, kernel_device, largest, dtype):
+        """With both signs, and more targets than queries in the second half."""
+        cost = torch.rand(4, 7, 7, dtype=torch.float64)
+        cost[1::2] = 2.0 * cost[1::2] - 1.0
+        cost[:, 3, 2], cost[1::2, 4, 1] = 1.0, -1.0
+        cost = (cost * largest).to(dtype)
+        count = torch.tensor([7, 4, 7, 2])
+        unique = dtype in (torch.float32, torch.float64)
+        check_assignment(cost, count, kernel_device, unique=unique)
+        check_assignment(cost[:, :5].mT, count.clamp(max=5), kernel_device, unique=unique)
+        check_assignment(cost[:, :5], count, kernel_device, unique=unique)
+
+    def test_huge_costs_differ(self, kernel_device):
+        """Each target has one query at 1e30 or -3e38, the others cost 1e35 or more."""
+        cost = torch.rand(2, 9, 6) * 1e38 + 1e35
+        query = torch.stack([torch.randperm(9)[:6] for _ in range(2)])
+        cost.scatter_(1, query[:, None], torch.tensor([1e30, -3e38])[:, None, None].expand(2, 1, 6))
+        count = torch.tensor([6, 6])
+        check_assignment(cost, count, kernel_device, unique=True)
+        result, _ = linear_assignment(
+            cost.to(kernel_device), count.to(kernel_device), impl="triton"
+        )
+        assert torch.equal(result.cpu(), query)
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e305])
+    @pytest.mark.parametrize("scale", [1.0, 3e38])
+    def test_costs_that_are_not_finite_come_last(self, kernel_device, bad, scale):
+        """1e305 is finite, but replaced as well."""
+        cost = scale * (torch.rand(4, 5, 3, dtype=torch.float64) - 0.5)
         cost[0] = bad
         cost[1, 2] = bad
-        count = torch.tensor([3, 3], device=kernel_device)
-        query_index, matched = linear_assignment(cost.to(kernel_device), count, impl="triton")
-        assert matched.all()
-        assert len(query_index[0].unique()) == len(query_index[1].unique()) == 3
-        if bad != -float("inf"):
+        cost[2, 1:, 1] = bad
+        cost[3, :, 1] = bad
+        count = torch.tensor([3, 3, 3, 3])
+        if bad != 1e305:
+            cost = cost.float()
+        check_assignment(cost[1:3], count[1:3], kernel_device, unique=True)
+        on_device = cost.to(kernel_device), count.to(kernel_device)
+        for arguments, impl in (((cost, count), "reference"), (on_device, "triton")):
+            query_index, matched = linear_assignment(*arguments, impl=impl)
+            assert matched.all()
+            assert all(len(set(queries)) == 3 for queries in query_index.tolist())
             assert 2 not in query_index[1].tolist()
+            assert query_index[2, 1] == 0
+
+    def test_the_worst_cost_is_that_of_the_reference(self):
+        from msdetr.kernels import linear_assignment as kernel
+
+        assert kernel._WORST.value == LINEAR_WORST_COST > torch.finfo(torch.float32).max
 
     @pytest.mark.parametrize(("problems", "queries", "slots"), [(2, 3, 0), (0, 3, 2), (2, 0, 2)])
     def test_nothing_to_assign(self, kernel_device, problems, queries, slots):

@@ -37,7 +37,7 @@ def check(cost: Tensor, count: Tensor) -> None:
         assert mine.sum() == min(targets, queries)
         chosen = query_index[problem, mine]
         assert len(chosen.unique()) == len(chosen)
-        total = cost[problem, chosen, mine.nonzero()[:, 0]].sum().item()
+        total = cost[problem, chosen, mine.nonzero()[:, 0]].double().sum().item()
         assert total == pytest.approx(minimum_cost(cost[problem, :, :targets]))
 
 
@@ -56,6 +56,39 @@ def check(cost: Tensor, count: Tensor) -> None:
 def test_minimum_cost(queries, slots, count, dtype):
     cost = torch.randn(len(count), queries, slots, dtype=dtype)
     check(cost, torch.tensor(count))
+
+
+@pytest.mark.parametrize("largest", [1e30, 1e35, 3e38, torch.finfo(torch.float32).max, 1e250])
+def test_huge_costs(largest):
+    cost = torch.rand(4, 5, 3, dtype=torch.float64)
+    cost[2:] = 2.0 * cost[2:] - 1.0
+    cost[:, 3, 2] = 1.0
+    check(
+        (cost * largest).to(torch.float64 if largest > 1e39 else torch.float32), torch.full((4,), 3)
+    )
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("scale", [1.0, 3e38])
+def test_costs_that_are_not_finite_come_last(bad, scale):
+    cost = scale * torch.rand(3, 5, 3)
+    cost[0] = bad
+    cost[1, 2] = bad
+    cost[2, 1:, 1] = bad
+    query_index, matched = linear_assignment(cost, torch.tensor([3, 3, 3]))
+    assert matched.all()
+    assert all(len(set(queries)) == 3 for queries in query_index.tolist())
+    assert 2 not in query_index[1].tolist()
+    assert query_index[2, 1] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    """The number of targets need not be a number of that type."""
+    cost, count = torch.rand(1, 300, 257).to(dtype), torch.tensor([257])
+    result = linear_assignment(cost, count)
+    assert result[1].all()
+    assert all(map(torch.equal, result, linear_assignment(cost.float(), count)))
 
 
 @pytest.mark.parametrize("cost", [torch.zeros(2, 4, 3), torch.randint(2, (8, 4, 3)).float()])
