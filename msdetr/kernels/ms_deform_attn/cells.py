@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from msdetr.kernels.ms_deform_attn.sampling import Group, unpack_size
+from msdetr.kernels.ms_deform_attn.sampling import Group, locate_program, unpack_size
 
 CELL = 8
 """Pixels along the side of a cell, at level 0."""
@@ -50,11 +50,9 @@ class Window(NamedTuple):
 
 
 @triton.jit
-def program_cell(num_queries, cells_across, sizes):
+def program_cell(num_queries, programs, cells_across, sizes):
     """The cell of this program."""
-    batch = tl.program_id(1).to(tl.int64)
-    head = tl.program_id(0) % sizes.M
-    index = tl.program_id(0) // sizes.M
+    batch, index, head = locate_program(programs, sizes)
     return Cell(batch, num_queries, head, index // cells_across, index % cells_across)
 
 

@@ -13,7 +13,6 @@ kernel recomputes locations and weights, so only the inputs are kept.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -37,10 +36,7 @@ from msdetr.kernels.ms_deform_attn.value import value_kernel
 from msdetr.kernels.ms_deform_attn.windows import splat_kernel
 from msdetr.structures import SpatialShapes
 
-_MAX_GRID_Y = 65535  # images per launch
-
 Bundle = TypeVar("Bundle", Sizes, Tile, WindowSizes)
-T = TypeVar("T", Tensor, Tensor | None)
 
 
 class Points(NamedTuple):
@@ -142,18 +138,17 @@ def forward(
         return output
     sizes = _sizes(value, spatial_shapes, points)
     plan = plan_direct("forward", value.dtype, spatial_shapes, batch, queries, sizes)
-    for images in _launches(batch):
-        outputs = _part(output, images)
-        forward_kernel[(plan.programs, len(outputs))](
-            Value(_part(value, images), *value.stride()[:2]),
-            _queries(points.points, points.weights, points.reference, images),
-            Maps(pack_levels(spatial_shapes), _part(valid_sizes, images)),
-            outputs,
-            queries,
-            plan.sizes,
-            plan.tile,
-            **plan.options,
-        )
+    forward_kernel[(plan.programs * batch,)](
+        Value(value, *value.stride()[:2]),
+        _queries(points.points, points.weights, points.reference),
+        Maps(pack_levels(spatial_shapes), valid_sizes),
+        output,
+        queries,
+        plan.programs,
+        plan.sizes,
+        plan.tile,
+        **plan.options,
+    )
     return output
 
 
@@ -177,26 +172,24 @@ def backward_points(
     sizes = _sizes(value, spatial_shapes, points)
     grad_reference = None
     if need_reference:
-        # A term per head. Images are the first dimension, so that launches can split them.
-        shape = (batch, heads, queries, sizes.L, sizes.R)
+        shape = (batch, heads, queries, sizes.L, sizes.R)  # a term per head
         grad_reference = value.new_empty(shape, dtype=torch.float32)
     if grad_points.numel():
         plan = plan_direct(
             "points", value.dtype, spatial_shapes, batch, queries, sizes, need_reference
         )
-        for images in _launches(batch):
-            grad_outputs = _part(grad_output, images)
-            points_kernel[(plan.programs, len(grad_outputs))](
-                grad_outputs,
-                Value(_part(value, images), *value.stride()[:2]),
-                _queries(points.points, points.weights, points.reference, images),
-                Maps(pack_levels(spatial_shapes), _part(valid_sizes, images)),
-                _queries(grad_points, grad_weights, grad_reference, images),
-                queries,
-                plan.sizes,
-                plan.tile,
-                **plan.options,
-            )
+        points_kernel[(plan.programs * batch,)](
+            grad_output,
+            Value(value, *value.stride()[:2]),
+            _queries(points.points, points.weights, points.reference),
+            Maps(pack_levels(spatial_shapes), valid_sizes),
+            _queries(grad_points, grad_weights, grad_reference),
+            queries,
+            plan.programs,
+            plan.sizes,
+            plan.tile,
+            **plan.options,
+        )
     return None if grad_reference is None else grad_reference.sum(1)
 
 
@@ -229,19 +222,25 @@ def backward_value(
         can_window=sizes.R > 0 and not sizes.WIDE and not deterministic,
     )
     scale = _fixed_point_scale(grad_output, points) if deterministic else None
-    for images in _launches(batch):
-        arguments = (
-            _part(grad_output, images),
-            _queries(points.points, points.weights, points.reference, images),
-            Maps(pack_levels(spatial_shapes), _part(valid_sizes, images)),
-            _part(total, images),
-        )
-        if isinstance(config, WindowConfig):
-            _add_windows(config, arguments, spatial_shapes, sizes, queries)
-            continue
+    arguments = (
+        grad_output,
+        _queries(points.points, points.weights, points.reference),
+        Maps(pack_levels(spatial_shapes), valid_sizes),
+        total,
+    )
+    if isinstance(config, WindowConfig):
+        _add_windows(config, arguments, spatial_shapes, sizes, queries)
+    else:
         plan = plan_direct("value", value.dtype, spatial_shapes, batch, queries, sizes)
-        value_kernel[(plan.programs, len(arguments[0]))](
-            *arguments, scale, queries, tokens, plan.sizes, plan.tile, **plan.options
+        value_kernel[(plan.programs * batch,)](
+            *arguments,
+            scale,
+            queries,
+            tokens,
+            plan.programs,
+            plan.sizes,
+            plan.tile,
+            **plan.options,
         )
     if scale is None:
         return total.to(value.dtype)
@@ -257,8 +256,9 @@ def _add_windows(
     queries: int,
 ) -> None:
     down, across = count_cells(spatial_shapes)
-    grid = (down * across * sizes.M, len(arguments[0]))
-    origins = arguments[0].new_empty((*grid[::-1], sizes.L, 3), dtype=torch.float32)
+    programs = down * across * sizes.M
+    grid = (programs * len(arguments[0]),)
+    origins = arguments[0].new_empty((*grid, sizes.L, 3), dtype=torch.float32)
     windows = WindowSizes(
         SIDE=config.side,
         COARSE_SIDE=config.coarse_side,
@@ -266,7 +266,8 @@ def _add_windows(
         PADDED_D=max(triton.next_power_of_2(sizes.D), 16),
         INTERPRET=is_interpreted(),
     )
-    common = (*arguments, origins, queries, across, as_constants(sizes), as_constants(windows))
+    constants = (as_constants(sizes), as_constants(windows))
+    common = (*arguments, origins, queries, programs, across, *constants)
     splat_kernel[grid](*common, **launch_options(config.num_warps))
     tile = as_constants(tile_of(config.rest, sizes))
     rest_kernel[grid](*common, tile, **launch_options(config.rest.num_warps))
@@ -351,26 +352,5 @@ def sizes_of(
     )
 
 
-def _queries(
-    points: Tensor, weights: Tensor, reference: Tensor | None, images: slice | None
-) -> Queries:
-    return Queries(
-        _part(points, images),
-        _part(weights, images),
-        _part(reference, images),
-        *points.stride()[:2],
-        *weights.stride()[:2],
-    )
-
-
-def _launches(batch: int) -> Iterator[slice | None]:
-    """The images of each launch: None for all of them, if a grid can hold them."""
-    if batch <= _MAX_GRID_Y:
-        yield None
-        return
-    for start in range(0, batch, _MAX_GRID_Y):
-        yield slice(start, start + _MAX_GRID_Y)
-
-
-def _part(tensor: T, images: slice | None) -> T:
-    return tensor if tensor is None or images is None else tensor[images]
+def _queries(points: Tensor, weights: Tensor, reference: Tensor | None) -> Queries:
+    return Queries(points, weights, reference, *points.stride()[:2], *weights.stride()[:2])

@@ -65,7 +65,7 @@ def scatter_sample(grad, pointers, x, y, weight, rows, level, fixed_point, sizes
     _add_to_corner(grad, row + STRIDE, right, in_y1 & at.in_x1, fixed_point, sizes, tile)
 
 
-@triton.jit(do_not_specialize=["maps", "num_queries", "num_tokens"])
+@triton.jit(do_not_specialize=["maps", "num_queries", "num_tokens", "programs"])
 def value_kernel(
     grad_output_ptr,  # [B, Q, M, D]
     queries,  # Queries
@@ -74,11 +74,12 @@ def value_kernel(
     fixed_point_ptr,  # [] float32, units per 1; None: add in float32
     num_queries,
     num_tokens,
+    programs,  # per image
     sizes: tl.constexpr,  # Sizes
     tile: tl.constexpr,  # Tile
 ):
     """Gradient of `value`: each sample is added separately."""
-    group = program_queries(num_queries, maps, sizes, tile)
+    group = program_queries(num_queries, programs, maps, sizes, tile)
     rows = load_rows(queries, group, sizes)
     grad = load_gradient(grad_output_ptr, group, sizes, tile)
     fixed_point = None
