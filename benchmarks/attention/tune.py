@@ -182,7 +182,7 @@ def using(kernel: Kernel, config: Config) -> Iterator[None]:
     """Launch a kernel with a configuration, independent of the table."""
     entries: dict[str, dict[str, Any]] = {kernel: _entry(config)}
     if kernel == "value":
-        entries["windows"] = {}
+        entries |= {"windows": {}, "lists": {}}
     with configs.override(entries):
         _forget_plans()
         yield

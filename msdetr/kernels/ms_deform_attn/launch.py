@@ -6,8 +6,9 @@ Both public ops use the same kernels. They differ in the points and weights of a
     R = 2, 4  offsets and logits, both slices of one projection, with reference points [B, Q, L, R]
 
 Forward is one kernel. Backward is one kernel for points, weights and reference points, and one for
-`value`: window sums if the queries are the pixels of the levels, otherwise a plain reduction. Every
-kernel recomputes locations and weights, so only the inputs are kept.
+`value`: window sums if the queries are the pixels of the levels, otherwise a plain reduction. Two
+kernels by lists if queries are few, or results must repeat. Every kernel recomputes locations and
+weights, so only the inputs are kept.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ from msdetr.kernels.ms_deform_attn.cells import CELL, WindowSizes
 from msdetr.kernels.ms_deform_attn.configs import (
     DirectConfig,
     Kernel,
+    ListConfig,
     WindowConfig,
+    default_lists,
     tile_config,
     value_config,
 )
 from msdetr.kernels.ms_deform_attn.forward import forward_kernel
+from msdetr.kernels.ms_deform_attn.lists import COARSE_LISTS, Lists, link_kernel, walk_kernel
 from msdetr.kernels.ms_deform_attn.points import points_kernel
 from msdetr.kernels.ms_deform_attn.rest import rest_kernel
 from msdetr.kernels.ms_deform_attn.sampling import Maps, Queries, Sizes, Tile, Value
@@ -38,8 +42,9 @@ from msdetr.kernels.ms_deform_attn.windows import splat_kernel
 from msdetr.structures import SpatialShapes
 
 _MAX_GRID_Y = 65535  # images per launch
+_LINK_QUERIES = 32  # queries of a program of `link_kernel`, a warp
 
-Bundle = TypeVar("Bundle", Sizes, Tile, WindowSizes)
+Bundle = TypeVar("Bundle", Sizes, Tile, WindowSizes, Lists)
 T = TypeVar("T", Tensor, Tensor | None)
 
 
@@ -84,6 +89,14 @@ def count_cells(spatial_shapes: SpatialShapes) -> tuple[int, int]:
         max(triton.cdiv(h, side) for (h, _), side in zip(spatial_shapes, sides, strict=True)),
         max(triton.cdiv(w, side) for (_, w), side in zip(spatial_shapes, sides, strict=True)),
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def count_list_programs(spatial_shapes: SpatialShapes, heads: int, rows: int) -> int:
+    """Programs of `walk_kernel` per image, each of which serves `rows` lists of one level."""
+    pixels = [height * width for height, width in spatial_shapes]
+    lists = [COARSE_LISTS if n * COARSE_LISTS <= sum(pixels) else 1 for n in pixels]
+    return sum(triton.cdiv(n * k * heads, rows) for n, k in zip(pixels, lists, strict=True))
 
 
 def needs_wide_offsets(spatial_shapes: SpatialShapes, num_queries: int, *strides: int) -> bool:
@@ -215,20 +228,24 @@ def backward_value(
     if not grad_output.numel():
         return torch.zeros_like(value, memory_format=torch.contiguous_format)
     sizes = _sizes(value, spatial_shapes, points)
-    total = torch.zeros(
-        value.shape,
-        dtype=torch.int64 if deterministic else torch.float32,
-        device=value.device,
-    )
-    config = value_config(
-        value.dtype,
-        head_dim,
-        batch * heads * queries,
-        num_points=sizes.P,
-        is_grid=queries == tokens,
-        can_window=sizes.R > 0 and not sizes.WIDE and not deterministic,
-    )
-    scale = _fixed_point_scale(grad_output, points) if deterministic else None
+    config: DirectConfig | WindowConfig | ListConfig = default_lists(head_dim)
+    if not deterministic:
+        config = value_config(
+            value.dtype,
+            head_dim,
+            batch * heads * queries,
+            num_points=sizes.P,
+            is_grid=queries == tokens,
+            can_window=sizes.R > 0 and not sizes.WIDE,
+            # Four entries of 8 bytes per sample, against 4 bytes per element.
+            can_list=8 * queries * sizes.L * sizes.P <= tokens * head_dim,
+        )
+    if isinstance(config, ListConfig):
+        scale = _fixed_point_scale(grad_output, points) if deterministic else None
+        return _sum_lists(
+            config, grad_output, value, spatial_shapes, points, valid_sizes, sizes, scale
+        )
+    total = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
     for images in _launches(batch):
         arguments = (
             _part(grad_output, images),
@@ -241,12 +258,66 @@ def backward_value(
             continue
         plan = plan_direct("value", value.dtype, spatial_shapes, batch, queries, sizes)
         value_kernel[(plan.programs, len(arguments[0]))](
-            *arguments, scale, queries, tokens, plan.sizes, plan.tile, **plan.options
+            *arguments, queries, tokens, plan.sizes, plan.tile, **plan.options
         )
-    if scale is None:
-        return total.to(value.dtype)
-    # A gradient that is not finite cannot be represented: its scale makes the whole result NaN.
-    return (total.to(torch.float64) / scale + scale * 0.0).to(value.dtype)
+    return total.to(value.dtype)
+
+
+def _sum_lists(
+    config: ListConfig,
+    grad_output: Tensor,
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    points: Points,
+    valid_sizes: Tensor | None,
+    sizes: Sizes,
+    fixed_point: Tensor | None,
+) -> Tensor:
+    batch, tokens, heads, head_dim = value.shape
+    queries = points.points.shape[1]
+    num_entries = 4 * queries * heads * sizes.L * sizes.P
+    wide = sizes.WIDE or 2 * num_entries >= 2**31
+    link = triton.cdiv(queries, _LINK_QUERIES) * heads
+    programs = count_list_programs(spatial_shapes, heads, config.rows)
+    sizes = as_constants(sizes._replace(WIDE=wide))
+    lists = as_constants(
+        Lists(_LINK_QUERIES, 0, config.rows, int(triton.next_power_of_2(head_dim)))
+    )
+    number: dict[str, Any] = {
+        "dtype": torch.int64 if wide else torch.int32,
+        "device": value.device,
+    }
+    first = torch.zeros(batch, programs * config.rows, **number)
+    entries = torch.empty(batch, num_entries, 2, **number)
+    result = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    for images in _launches(batch):
+        maps = Maps(pack_levels(spatial_shapes), _part(valid_sizes, images))
+        arrays = (_part(first, images), _part(entries, images))
+        count = len(arrays[0])
+        link_kernel[(link, count, sizes.L)](
+            _queries(points.points, points.weights, points.reference, images),
+            maps,
+            *arrays,
+            queries,
+            tokens,
+            first.shape[1],
+            sizes,
+            lists,
+            **launch_options(1),
+        )
+        walk_kernel[(programs, count)](
+            _part(grad_output, images),
+            maps,
+            *arrays,
+            _part(result, images),
+            fixed_point,
+            queries,
+            tokens,
+            sizes,
+            lists,
+            **launch_options(config.num_warps),
+        )
+    return result
 
 
 def _add_windows(
@@ -294,7 +365,7 @@ def is_interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1024, typed=True)  # bundles of equal numbers are equal
 def as_constants(bundle: Bundle) -> Bundle:
     """The bundle as a constant of a kernel. (Triton 3.6 wants its fields to be constants, too; the
     interpreter of every version wants plain numbers.)"""
