@@ -6,7 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from ops.test_ms_deform_attn_kernel import HALF, LEVELS, check, deterministic_algorithms, random_call
+from ops.test_ms_deform_attn_kernel import (
+    HALF,
+    LEVELS,
+    check,
+    deterministic_algorithms,
+    random_call,
+)
 
 kernels = pytest.importorskip("msdetr.kernels.ms_deform_attn.launch")
 configs = pytest.importorskip("msdetr.kernels.ms_deform_attn.configs")
