@@ -277,35 +277,32 @@ def _sum_lists(
     queries = points.points.shape[1]
     num_entries = 4 * queries * heads * sizes.L * sizes.P
     wide = sizes.WIDE or 2 * num_entries >= 2**31
-    link = triton.cdiv(queries, _LINK_QUERIES) * heads
-    programs = count_list_programs(spatial_shapes, heads, config.rows)
+    link_programs = (triton.cdiv(queries, _LINK_QUERIES) * heads, sizes.L)
+    walk_programs = count_list_programs(spatial_shapes, heads, config.rows)
     sizes = as_constants(sizes._replace(WIDE=wide))
-    lists = as_constants(
-        Lists(_LINK_QUERIES, 0, config.rows, int(triton.next_power_of_2(head_dim)))
-    )
-    number: dict[str, Any] = {
-        "dtype": torch.int64 if wide else torch.int32,
-        "device": value.device,
-    }
-    first = torch.zeros(batch, programs * config.rows, **number)
-    entries = torch.empty(batch, num_entries, 2, **number)
+    padded_d = int(triton.next_power_of_2(head_dim))
+    lists = as_constants(Lists(_LINK_QUERIES, 0, config.rows, padded_d))
+    dtype = torch.int64 if wide else torch.int32
+    num_lists = walk_programs * config.rows
+    first = torch.zeros(batch, num_lists, dtype=dtype, device=value.device)
+    entries = torch.empty(batch, num_entries, 2, dtype=dtype, device=value.device)
     result = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     for images in _launches(batch):
         maps = Maps(pack_levels(spatial_shapes), _part(valid_sizes, images))
         arrays = (_part(first, images), _part(entries, images))
         count = len(arrays[0])
-        link_kernel[(link, count, sizes.L)](
+        link_kernel[(link_programs[0], count, link_programs[1])](
             _queries(points.points, points.weights, points.reference, images),
             maps,
             *arrays,
             queries,
             tokens,
-            first.shape[1],
+            num_lists,
             sizes,
             lists,
             **launch_options(1),
         )
-        walk_kernel[(programs, count)](
+        walk_kernel[(walk_programs, count)](
             _part(grad_output, images),
             maps,
             *arrays,
