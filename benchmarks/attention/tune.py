@@ -5,7 +5,7 @@ Candidates for each kernel are launched on this GPU, on the shapes of a detector
 candidate is the mean over offsets as at initialisation and spread offsets. A candidate whose result
 differs from that of the current configuration is left out. The gradient of `value` of an encoder is
 summed in windows or without them: the table gets the best configuration without windows, and then
-the best windows, or an empty configuration if those are slower.
+the best windows, or an empty configuration if those are slower. Likewise the decoder's, in lists.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from benchmarks.device_time import Timer, num_input_sets, time_calls, work_on
 from msdetr.cli.options import parse_options, user_errors
 from msdetr.kernels.ms_deform_attn import configs
 from msdetr.kernels.ms_deform_attn import launch as launchers
-from msdetr.kernels.ms_deform_attn.configs import DirectConfig, WindowConfig
+from msdetr.kernels.ms_deform_attn.configs import DirectConfig, ListConfig, WindowConfig
 
-Kernel = Literal["forward", "points", "value", "windows"]
+Kernel = Literal["forward", "points", "value", "windows", "lists"]
 Queries = Literal["grid", "few", "many"]
-Config = DirectConfig | WindowConfig | None
-"""How to launch a kernel; None for windows: without them."""
+Config = DirectConfig | WindowConfig | ListConfig | None
+"""How to launch a kernel; None for windows or lists: without them."""
 
 RESULT_TOLERANCE = 1e-2
 """Relative difference (2-norm) from the current result: sums in another order, rounded."""
@@ -62,7 +62,7 @@ class Options:
     """Types of value and projection."""
     queries: tuple[Queries, ...] = ("grid", "few", "many")
     """Pixels of the levels, few queries, many queries."""
-    kernels: tuple[Kernel, ...] = ("forward", "points", "value", "windows")
+    kernels: tuple[Kernel, ...] = ("forward", "points", "value", "windows", "lists")
     """Kernels to tune."""
     spreads: tuple[float, ...] = (0.0, 2.0)
     """Standard deviations of what is added to the initial offsets."""
@@ -99,7 +99,7 @@ class Work:
 
     def calls(self, kernel: Kernel) -> list[list[Callable[[], Tensor]]]:
         """Calls that run a kernel and return its result: per spread, one per set of inputs."""
-        run = {"forward": _forward, "points": _points, "value": _value, "windows": _value}[kernel]
+        run = {"forward": _forward, "points": _points}.get(kernel, _value)
         return [[functools.partial(run, inputs) for inputs in sets] for sets in self._inputs]
 
 
@@ -151,6 +151,9 @@ def candidates(kernel: Kernel, dtype: torch.dtype, head_dim: int, queries: Queri
     """Configurations to measure, beginning with that of the rule."""
     if kernel == "windows":
         return _window_candidates(head_dim)
+    if kernel == "lists":
+        others = (ListConfig(rows, num_warps) for rows, num_warps in ((8, 1), (32, 1), (64, 4)))
+        return list(dict.fromkeys([configs.default_lists(head_dim), *others, None]))
     choices = [configs.default_config(kernel, dtype, head_dim, queries)]
     # Channels per load or addition of 16 bytes; a thread gets one or two of them per sample.
     vector = 4 if kernel == "value" else 16 // dtype.itemsize
@@ -182,7 +185,7 @@ def using(kernel: Kernel, config: Config) -> Iterator[None]:
     """Launch a kernel with a configuration, independent of the table."""
     entries: dict[str, dict[str, Any]] = {kernel: _entry(config)}
     if kernel == "value":
-        entries["windows"] = {}
+        entries |= {"windows": {}, "lists": {}}
     with configs.override(entries):
         _forget_plans()
         yield
@@ -254,13 +257,13 @@ def tune(
         work = Work(cases, device)
         direct: Config = None
         for kernel in options.kernels:
-            if kernel == "windows" and queries != "grid":
+            if kernel == ("lists" if queries == "grid" else "windows"):
                 continue
             if options.time_budget is not None and clock() - begin > options.time_budget:
                 print("time budget used up")
                 return
             choices = candidates(kernel, DTYPES[dtype], shape.head_dim, queries)
-            # Windows compete with the configuration without them that was just chosen.
+            # Windows and lists compete with the direct configuration that was just chosen.
             chosen = {"value": _entry(direct)} if direct is not None else {}
             with configs.override(chosen):
                 winner = fastest(kernel, choices, work, timer)

@@ -172,44 +172,51 @@ def test_the_table_is_used_once_written(table: Path) -> None:
     assert len(rows) == 5
 
 
-def test_kernels_run_with_the_candidates(work: Work) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "every"),
+    [("forward", 12), ("points", 16), ("value", 12), ("windows", 13), ("lists", 1)],
+)
+def test_kernels_run_with_the_candidates(kernel: tune.Kernel, every: int) -> None:
     """Some candidates of each kernel; `fastest` compares their results."""
-    for kernel, every in (("forward", 12), ("points", 16), ("value", 12), ("windows", 13)):
-        choices = candidates(kernel, torch.float32, 16, "grid")[::every]
-        timed: list[Any] = []
+    shape = "tiny-decoder" if kernel == "lists" else "tiny"
+    work = Work([Case(shape, SHAPES[shape], 1, torch.float32, 1.0)], DEVICE)
+    choices = candidates(kernel, torch.float32, 16, "grid")[::every]
+    timed: list[Any] = []
 
-        def timer(calls: Any, timed: list[Any] = timed) -> list[float]:
-            timed.append(calls)
-            return [float(-len(timed))]
+    def timer(calls: Any, timed: list[Any] = timed) -> list[float]:
+        timed.append(calls)
+        return [float(-len(timed))]
 
-        # A candidate is timed if its result is right.
-        assert fastest(kernel, choices, work, timer).config == choices[-1]
-        assert len(timed) == len(choices) >= 2
+    # A candidate is timed if its result is right.
+    assert fastest(kernel, choices, work, timer).config == choices[-1]
+    assert len(timed) == len(choices) >= 2
 
 
 def test_rows_of_a_run(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small, windows = [direct(16), direct(32)], [None, default_windows(16)]
     monkeypatch.setattr(tune, "_WORK", dict.fromkeys(("grid", "few", "many"), ("tiny", 1)))
     monkeypatch.setattr(
-        tune, "candidates", lambda kernel, *_: windows if kernel == "windows" else small
+        tune,
+        "candidates",
+        lambda kernel, *_: windows if kernel in ("windows", "lists") else small,
     )
     used: dict[str, Any] = {}
 
     def pretended(kernel: str, choices: Any, work: Work, timer: Any) -> tune.Winner:
         used.setdefault(kernel, in_use("windows", can_window=False))
-        return tune.Winner(choices[0] if kernel == "windows" else choices[1], 1e-3)
+        return tune.Winner(choices[choices is small], 1e-3)
 
     monkeypatch.setattr(tune, "fastest", pretended)
     options = Options(queries=("grid", "few"), dtypes=("bfloat16",))
     rows = list(tune.tune(options, DEVICE, lambda calls: [1.0]))
     assert [(row["kernel"], row["queries"]) for row in rows] == [
         *((kernel, "grid") for kernel in ("forward", "points", "value", "windows")),
-        *((kernel, "few") for kernel in ("forward", "points", "value")),
+        *((kernel, "few") for kernel in ("forward", "points", "value", "lists")),
     ]
     assert (rows[2]["config"], rows[3]["config"]) == (dataclasses.asdict(direct(32)), {})
     assert rows[3].keys() == ROW.keys()
-    # Windows compete with the direct configuration that was just chosen.
-    assert used["windows"] == direct(32) != used["value"]
+    # Windows and lists compete with the direct configuration that was just chosen.
+    assert used["windows"] == used["lists"] == direct(32) != used["value"]
 
 
 @pytest.mark.gpu

@@ -66,6 +66,12 @@ def attention_with_a_channel_per_lane(device: torch.device, dtype: torch.dtype) 
     )
 
 
+def attention_by_reductions(device: torch.device, dtype: torch.dtype) -> None:
+    """The default for more queries; the table may select it for few."""
+    with configs.override({"lists": {}}):
+        fused_attention(device, dtype)
+
+
 def deterministic_attention(device: torch.device, dtype: torch.dtype) -> None:
     with attention.deterministic_algorithms():
         attention.TestDeterministic().test_as_accurate(device, dtype)
@@ -103,9 +109,10 @@ def focal_loss(device: torch.device, dtype: torch.dtype) -> None:
     focal.check(focal.random_call(device, (2, 2, 14, 91), dtype=dtype))
 
 
-ATTENTION = ("forward", "points", "value")
+ATTENTION = ("forward", "points", "link", "walk")
 CASES = (
     Case(fused_attention, ATTENTION),
+    Case(attention_by_reductions, ("value",)),
     Case(attention_with_a_channel_per_lane, ATTENTION),
     Case(deterministic_attention, ATTENTION),
     Case(windows, ("splat", "rest")),

@@ -1,9 +1,9 @@
 """Launch configurations of the deformable attention kernels: a table per architecture, and a rule.
 
-`python -m benchmarks.attention tune` writes the table, `configs.json`. An empty
-configuration of windows means that the direct kernel is faster. For a case that is not in the
-table, the rule chooses tiles for good generated code: loads of 16 bytes, and as many queries per
-warp as registers allow.
+`python -m benchmarks.attention tune` writes the table, `configs.json`. An empty configuration of
+windows or lists means that the direct kernel is faster. For a case that is not in the table, the
+rule chooses tiles for good generated code: loads of 16 bytes, and as many queries per warp as
+registers allow.
 """
 
 from __future__ import annotations
@@ -58,6 +58,15 @@ class WindowConfig:
     """Configuration of `rest_kernel`; its tile is the cell."""
 
 
+@dataclass(frozen=True)
+class ListConfig:
+    """Lists of `walk_kernel`."""
+
+    rows: int
+    """Lists per program, a multiple of 8."""
+    num_warps: int
+
+
 @functools.lru_cache(maxsize=512)
 def tile_config(
     kernel: Kernel,
@@ -98,14 +107,20 @@ def value_config(
     *,
     num_points: int,
     is_grid: bool,
-    can_window: bool,
-) -> DirectConfig | WindowConfig:
+    can_window: bool = False,
+    can_list: bool = False,
+) -> DirectConfig | WindowConfig | ListConfig:
     """Method and configuration for the gradient of `value`; other arguments as for `tile_config`.
 
     Args:
         num_points: P.
         can_window: whether window sums support the call.
+        can_list: whether lists take less memory than a buffer of sums.
     """
+    if can_list and not is_grid:
+        row = _lookup("lists", dtype, head_dim, "few" if num_rows < FEW_ROWS else "many")
+        if row is None or row:
+            return ListConfig(**row) if row else default_lists(head_dim)
     # Up to four points, so that a level is one group. Heads must fill the tiles of tensor cores and
     # leave registers for the window.
     fits = num_points <= 4 and 16 <= head_dim <= 64 and head_dim % 16 == 0
@@ -124,6 +139,12 @@ def default_windows(head_dim: int) -> WindowConfig:
     """Windows for an 8 x 8 cell and offsets of up to four pixels in each direction."""
     rest = DirectConfig(block_q=64, tile_x=8, split_d=min(head_dim, 8), num_warps=4)
     return WindowConfig(side=16, coarse_side=8, block_y=2, num_warps=4, rest=rest)
+
+
+def default_lists(head_dim: int) -> ListConfig:
+    """Programs of one warp, with two 16-byte loads of bfloat16 per thread at a time."""
+    padded = 1 << (head_dim - 1).bit_length()
+    return ListConfig(rows=min(max(512 // padded, 8), 32), num_warps=1)
 
 
 def default_config(kernel: Kernel, dtype: torch.dtype, head_dim: int, queries: str) -> DirectConfig:

@@ -6,8 +6,9 @@ Both public ops use the same kernels. They differ in the points and weights of a
     R = 2, 4  offsets and logits, both slices of one projection, with reference points [B, Q, L, R]
 
 Forward is one kernel. Backward is one kernel for points, weights and reference points, and one for
-`value`: window sums if the queries are the pixels of the levels, otherwise a plain reduction. Every
-kernel recomputes locations and weights, so only the inputs are kept.
+`value`: window sums if the queries are the pixels of the levels, otherwise a plain reduction. Two
+kernels by lists if queries are few, or results must repeat. Every kernel recomputes locations and
+weights, so only the inputs are kept.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ from msdetr.kernels.ms_deform_attn.cells import CELL, WindowSizes
 from msdetr.kernels.ms_deform_attn.configs import (
     DirectConfig,
     Kernel,
+    ListConfig,
     WindowConfig,
+    default_lists,
     tile_config,
     value_config,
 )
 from msdetr.kernels.ms_deform_attn.forward import forward_kernel
+from msdetr.kernels.ms_deform_attn.lists import COARSE_LISTS, Lists, link_kernel, walk_kernel
 from msdetr.kernels.ms_deform_attn.points import points_kernel
 from msdetr.kernels.ms_deform_attn.rest import rest_kernel
 from msdetr.kernels.ms_deform_attn.sampling import Maps, Queries, Sizes, Tile, Value
@@ -36,7 +40,9 @@ from msdetr.kernels.ms_deform_attn.value import value_kernel
 from msdetr.kernels.ms_deform_attn.windows import splat_kernel
 from msdetr.structures import SpatialShapes
 
-Bundle = TypeVar("Bundle", Sizes, Tile, WindowSizes)
+_LINK_QUERIES = 32  # queries of a program of `link_kernel`, a warp
+
+Bundle = TypeVar("Bundle", Sizes, Tile, WindowSizes, Lists)
 
 
 class Points(NamedTuple):
@@ -80,6 +86,14 @@ def count_cells(spatial_shapes: SpatialShapes) -> tuple[int, int]:
         max(triton.cdiv(h, side) for (h, _), side in zip(spatial_shapes, sides, strict=True)),
         max(triton.cdiv(w, side) for (_, w), side in zip(spatial_shapes, sides, strict=True)),
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def count_list_programs(spatial_shapes: SpatialShapes, heads: int, rows: int) -> int:
+    """Programs of `walk_kernel` per image, each of which serves `rows` lists of one level."""
+    pixels = [height * width for height, width in spatial_shapes]
+    lists = [COARSE_LISTS if n * COARSE_LISTS <= sum(pixels) else 1 for n in pixels]
+    return sum(triton.cdiv(n * k * heads, rows) for n, k in zip(pixels, lists, strict=True))
 
 
 def needs_wide_offsets(spatial_shapes: SpatialShapes, num_queries: int, *strides: int) -> bool:
@@ -208,57 +222,100 @@ def backward_value(
     if not grad_output.numel():
         return torch.zeros_like(value, memory_format=torch.contiguous_format)
     sizes = _sizes(value, spatial_shapes, points)
-    total = torch.zeros(
-        value.shape,
-        dtype=torch.int64 if deterministic else torch.float32,
-        device=value.device,
-    )
-    config = value_config(
-        value.dtype,
-        head_dim,
-        batch * heads * queries,
-        num_points=sizes.P,
-        is_grid=queries == tokens,
-        can_window=sizes.R > 0 and not sizes.WIDE and not deterministic,
-    )
-    scale = _fixed_point_scale(grad_output, points) if deterministic else None
-    arguments = (
+    inputs = (
         grad_output,
         _queries(points.points, points.weights, points.reference),
         Maps(pack_levels(spatial_shapes), valid_sizes),
-        total,
     )
+    config: DirectConfig | WindowConfig | ListConfig = default_lists(head_dim)
+    if not deterministic:
+        config = value_config(
+            value.dtype,
+            head_dim,
+            batch * heads * queries,
+            num_points=sizes.P,
+            is_grid=queries == tokens,
+            can_window=sizes.R > 0 and not sizes.WIDE,
+            # Four entries of 8 bytes per sample, against 4 bytes per element.
+            can_list=8 * queries * sizes.L * sizes.P <= tokens * head_dim,
+        )
+    if isinstance(config, ListConfig):
+        scale = _fixed_point_scale(grad_output, points) if deterministic else None
+        return _sum_lists(config, inputs, value, spatial_shapes, sizes, scale)
+    total = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
     if isinstance(config, WindowConfig):
-        _add_windows(config, arguments, spatial_shapes, sizes, queries)
+        _add_windows(config, inputs, total, spatial_shapes, sizes)
     else:
         plan = plan_direct("value", value.dtype, spatial_shapes, batch, queries, sizes)
         value_kernel[(plan.programs * batch,)](
-            *arguments,
-            scale,
-            queries,
-            tokens,
-            plan.programs,
-            plan.sizes,
-            plan.tile,
-            **plan.options,
+            *inputs, total, queries, tokens, plan.programs, plan.sizes, plan.tile, **plan.options
         )
-    if scale is None:
-        return total.to(value.dtype)
-    # A gradient that is not finite cannot be represented: its scale makes the whole result NaN.
-    return (total.to(torch.float64) / scale + scale * 0.0).to(value.dtype)
+    return total.to(value.dtype)
+
+
+def _sum_lists(
+    config: ListConfig,
+    inputs: tuple[Tensor, Queries, Maps],
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    sizes: Sizes,
+    fixed_point: Tensor | None,
+) -> Tensor:
+    grad_output, queries, maps = inputs
+    batch, tokens = value.shape[:2]
+    num_queries = grad_output.shape[1]
+    num_entries = 4 * num_queries * sizes.M * sizes.L * sizes.P
+    wide = sizes.WIDE or 2 * num_entries >= 2**31
+    dtype = torch.int64 if wide else torch.int32
+    programs = count_list_programs(spatial_shapes, sizes.M, config.rows)
+    first = torch.zeros(batch, programs * config.rows, dtype=dtype, device=value.device)
+    entries = torch.empty(batch, num_entries, 2, dtype=dtype, device=value.device)
+    result = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    padded_d = int(triton.next_power_of_2(sizes.D))
+    constants = (
+        as_constants(sizes._replace(WIDE=wide)),
+        as_constants(Lists(_LINK_QUERIES, 0, config.rows, padded_d)),
+    )
+    link_programs = triton.cdiv(num_queries, _LINK_QUERIES) * sizes.M
+    link_kernel[(link_programs * batch, sizes.L)](
+        queries,
+        maps,
+        first,
+        entries,
+        num_queries,
+        tokens,
+        link_programs,
+        first.shape[1],
+        *constants,
+        **launch_options(1),
+    )
+    walk_kernel[(programs * batch,)](
+        grad_output,
+        maps,
+        first,
+        entries,
+        result,
+        fixed_point,
+        num_queries,
+        tokens,
+        programs,
+        *constants,
+        **launch_options(config.num_warps),
+    )
+    return result
 
 
 def _add_windows(
     config: WindowConfig,
-    arguments: tuple[Tensor, Queries, Maps, Tensor],
+    inputs: tuple[Tensor, Queries, Maps],
+    total: Tensor,
     spatial_shapes: SpatialShapes,
     sizes: Sizes,
-    queries: int,
 ) -> None:
     down, across = count_cells(spatial_shapes)
     programs = down * across * sizes.M
-    grid = (programs * len(arguments[0]),)
-    origins = arguments[0].new_empty((*grid, sizes.L, 3), dtype=torch.float32)
+    grid = (programs * len(total),)
+    origins = total.new_empty(*grid, sizes.L, 3)
     windows = WindowSizes(
         SIDE=config.side,
         COARSE_SIDE=config.coarse_side,
@@ -266,11 +323,11 @@ def _add_windows(
         PADDED_D=max(triton.next_power_of_2(sizes.D), 16),
         INTERPRET=is_interpreted(),
     )
+    arguments = (*inputs, total, origins, total.shape[1], programs, across)
     constants = (as_constants(sizes), as_constants(windows))
-    common = (*arguments, origins, queries, programs, across, *constants)
-    splat_kernel[grid](*common, **launch_options(config.num_warps))
+    splat_kernel[grid](*arguments, *constants, **launch_options(config.num_warps))
     tile = as_constants(tile_of(config.rest, sizes))
-    rest_kernel[grid](*common, tile, **launch_options(config.rest.num_warps))
+    rest_kernel[grid](*arguments, *constants, tile, **launch_options(config.rest.num_warps))
 
 
 def _fixed_point_scale(grad_output: Tensor, points: Points) -> Tensor:
@@ -295,7 +352,7 @@ def is_interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1024, typed=True)  # bundles of equal numbers are equal
 def as_constants(bundle: Bundle) -> Bundle:
     """The bundle as a constant of a kernel. (Triton 3.6 wants its fields to be constants, too; the
     interpreter of every version wants plain numbers.)"""

@@ -70,5 +70,5 @@ def rest_kernel(
                     y = samples.y[point]
                     left = is_left_out(x, y, group.inside, window, side, level)
                     weight = samples.weight[point]
-                    scatter_sample(grad, pointers, x, y, weight, left, level, None, sizes, tile)
+                    scatter_sample(grad, pointers, x, y, weight, left, level, sizes, tile)
         pointers += (height * width).to(tl.int64) * (sizes.M * sizes.D)

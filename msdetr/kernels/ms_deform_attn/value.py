@@ -2,8 +2,7 @@
 
 Maths. Locations and weights are recomputed from the inputs. The gradient of `value` at a pixel is
 the sum over samples of the weight times the bilinear weight of the pixel times g, the gradient of
-the output. In float32 the order of the additions, and so the result, varies between runs; in fixed
-point (64-bit integers) the result does not depend on the order.
+the output. The order of the additions, and so the rounding of the result, varies between runs.
 
 Mapping. As in the forward kernel.
 
@@ -30,23 +29,18 @@ from msdetr.kernels.ms_deform_attn.sampling import (
 
 
 @triton.jit
-def _add_to_corner(grad, pointers, share, rows, fixed_point, sizes, tile):
+def _add_to_corner(grad, pointers, share, rows, sizes, tile):
     """Add `share` [ROWS] times g to the rows at `pointers` [ROWS, SPLIT_D]."""
     for i in tl.static_range(tile.SPLITS):
         product = grad[i] * share[:, None]
-        if fixed_point is not None:
-            product = (product * fixed_point).to(tl.int64)
         mask = split_mask(rows, i, sizes, tile)
         # The default semantics would add a fence and invalidate the cache at every sample.
         tl.atomic_add(pointers + i * tile.SPLIT_D, product, mask=mask, sem="relaxed")
 
 
 @triton.jit
-def scatter_sample(grad, pointers, x, y, weight, rows, level, fixed_point, sizes, tile):
-    """Add one sample per row, where `rows` [ROWS] is True, to the gradient of `value`.
-
-    `fixed_point` is the number of units per 1, or None to add in float32.
-    """
+def scatter_sample(grad, pointers, x, y, weight, rows, level, sizes, tile):
+    """Add one sample per row, where `rows` [ROWS] is True, to the gradient of `value`."""
     STRIDE: tl.constexpr = sizes.M * sizes.D
     at = find_corners(x, y, level, STRIDE, sizes)
     in_y0 = at.in_y0 & rows
@@ -56,13 +50,13 @@ def scatter_sample(grad, pointers, x, y, weight, rows, level, fixed_point, sizes
     right = upper * at.right
     left = upper - right
     row = pointers + at.upper[:, None]
-    _add_to_corner(grad, row, left, in_y0 & at.in_x0, fixed_point, sizes, tile)
-    _add_to_corner(grad, row + STRIDE, right, in_y0 & at.in_x1, fixed_point, sizes, tile)
+    _add_to_corner(grad, row, left, in_y0 & at.in_x0, sizes, tile)
+    _add_to_corner(grad, row + STRIDE, right, in_y0 & at.in_x1, sizes, tile)
     right = lower * at.right
     left = lower - right
     row = pointers + at.lower[:, None]
-    _add_to_corner(grad, row, left, in_y1 & at.in_x0, fixed_point, sizes, tile)
-    _add_to_corner(grad, row + STRIDE, right, in_y1 & at.in_x1, fixed_point, sizes, tile)
+    _add_to_corner(grad, row, left, in_y1 & at.in_x0, sizes, tile)
+    _add_to_corner(grad, row + STRIDE, right, in_y1 & at.in_x1, sizes, tile)
 
 
 @triton.jit(do_not_specialize=["maps", "num_queries", "num_tokens", "programs"])
@@ -70,8 +64,7 @@ def value_kernel(
     grad_output_ptr,  # [B, Q, M, D]
     queries,  # Queries
     maps,  # Maps
-    grad_value_ptr,  # [B, S, M, D] float32, or int64 with `fixed_point_ptr`; holds zeros
-    fixed_point_ptr,  # [] float32, units per 1; None: add in float32
+    grad_value_ptr,  # [B, S, M, D] float32; holds zeros
     num_queries,
     num_tokens,
     programs,  # per image
@@ -82,9 +75,6 @@ def value_kernel(
     group = program_queries(num_queries, programs, maps, sizes, tile)
     rows = load_rows(queries, group, sizes)
     grad = load_gradient(grad_output_ptr, group, sizes, tile)
-    fixed_point = None
-    if fixed_point_ptr is not None:
-        fixed_point = tl.load(fixed_point_ptr)
     pointers = grad_value_ptr + group.batch * num_tokens * (sizes.M * sizes.D)
     pointers += split_channels(group.head, sizes, tile)
     for index in range(sizes.L):
@@ -97,7 +87,5 @@ def value_kernel(
                     x = samples.x[i]
                     y = samples.y[i]
                     weight = samples.weight[i]
-                    scatter_sample(
-                        grad, pointers, x, y, weight, group.inside, level, fixed_point, sizes, tile
-                    )
+                    scatter_sample(grad, pointers, x, y, weight, group.inside, level, sizes, tile)
         pointers += (level.height * level.width).to(tl.int64) * (sizes.M * sizes.D)
