@@ -15,6 +15,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ class Implementation:
     kernel: str | None = None
     """Op whose kernel must be able to run."""
     needs_gpu: bool = False
+    has_backward: bool = True
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why it cannot run here, or None."""
@@ -150,6 +152,24 @@ def _build_deformops(*, float32_sums: bool = False) -> Run:
     return run
 
 
+def _build_libreyolo() -> Run:
+    name = "libreyolo.kernels.attention.ms_deform_attn_triton"
+    attention = importlib.import_module(name).triton_ms_deform_attn
+
+    def run(inputs: Inputs) -> Tensor:
+        arguments = (inputs.table.shapes, sampling_locations(inputs), attention_weights(inputs))
+        # Outside of a capture it reads the shapes to check them, which is left out in its favour.
+        with torch.no_grad(), mock.patch("torch.cuda.is_current_stream_capturing", lambda: True):
+            output: Tensor | None = attention(
+                inputs.value.detach(), *(argument.detach() for argument in arguments)
+            )
+        if output is None:
+            raise RuntimeError("it refused the inputs, or its kernel failed")
+        return output
+
+    return run
+
+
 def _build_transformers() -> Run:
     name = "transformers.models.deformable_detr.modeling_deformable_detr"
     attention = importlib.import_module(name).MultiScaleDeformableAttention()
@@ -190,6 +210,9 @@ _ALL = (
         needs_gpu=True,
     ),
     Implementation("transformers", _build_transformers, package="transformers"),
+    Implementation(
+        "libreyolo", _build_libreyolo, package="libreyolo", needs_gpu=True, has_backward=False
+    ),
 )
 
 IMPLEMENTATIONS = {implementation.name: implementation for implementation in _ALL}
