@@ -83,17 +83,26 @@ def collect_rows(batches: Iterable[Sequence[Row]], output: Path | None) -> list[
     return rows
 
 
+def read_json(path: Path) -> list[Row]:
+    """All rows in a file.
+
+    Raises:
+        ValueError: the file is not JSON.
+    """
+    try:
+        rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    return rows
+
+
 def read_rows(path: Path, *benchmarks: str) -> list[Row]:
     """The rows in a file that belong to one of the benchmarks.
 
     Raises:
         ValueError: there are none, or the file is not JSON.
     """
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    selected = [row for row in rows if row.get("benchmark") in benchmarks]
+    selected = [row for row in read_json(path) if row.get("benchmark") in benchmarks]
     if not selected:
         raise ValueError(f"{path} holds no rows of {' or '.join(benchmarks)}")
     return selected
@@ -105,6 +114,27 @@ def group_rows(rows: Iterable[Row], *names: str) -> Iterable[tuple[tuple[Any, ..
     for row in rows:
         groups.setdefault(tuple(row[name] for name in names), []).append(row)
     return groups.items()
+
+
+def describe(rows: Sequence[Row]) -> str:
+    """Lines on where rows of one device, of the same versions and commit, were measured."""
+    row = rows[0]
+    where = f"{row['device']}, torch {row['torch']}, Triton {row['triton'] or 'absent'}"
+    lines = f"{where}, commit {row['commit']}"
+    # Rows of earlier versions lack the clocks.
+    clocks = [clock for row in rows if (clock := row.get("sm_clock_mhz")) is not None]
+    if clocks:
+        lines += (
+            f",\ndriver {row['driver']}, multiprocessors at {min(clocks)} to {max(clocks)} MHz "
+        )
+        lines += f"(maximum {row['sm_clock_max_mhz']})"
+    return f"{lines}:"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], num_names: int) -> str:
+    """A table of Markdown, whose columns are aligned to the right after the first `num_names`."""
+    lines = [head, ["---"] * num_names + ["---:"] * (len(head) - num_names), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def new_figure(figsize: tuple[float, float]) -> Any:

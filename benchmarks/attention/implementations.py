@@ -155,13 +155,14 @@ def _build_deformops(*, float32_sums: bool = False) -> Run:
 def _build_libreyolo() -> Run:
     name = "libreyolo.kernels.attention.ms_deform_attn_triton"
     attention = importlib.import_module(name).triton_ms_deform_attn
+    # Outside of a capture it reads the shapes to check them, which is left out in its favour.
+    captures = mock.patch("torch.cuda.is_current_stream_capturing", return_value=True)
 
     def run(inputs: Inputs) -> Tensor:
-        arguments = (inputs.table.shapes, sampling_locations(inputs), attention_weights(inputs))
-        # Outside of a capture it reads the shapes to check them, which is left out in its favour.
-        with torch.no_grad(), mock.patch("torch.cuda.is_current_stream_capturing", lambda: True):
+        value, shapes = inputs.value.detach(), inputs.table.shapes  # it refuses gradients
+        with torch.no_grad(), captures:
             output: Tensor | None = attention(
-                inputs.value.detach(), *(argument.detach() for argument in arguments)
+                value, shapes, sampling_locations(inputs), attention_weights(inputs)
             )
         if output is None:
             raise RuntimeError("it refused the inputs, or its kernel failed")

@@ -1,8 +1,9 @@
 """Durations of deformable attention, ours and the peers': `python -m benchmarks.attention`.
 
 Every implementation computes the same function of value, offsets, logits and reference points, and
-the same gradients of the first three; libreyolo has no gradients. Before it is timed, it is compared with the reference in
-float64 on a small case of the same kind; one that is wrong is reported as wrong, with its errors.
+the same gradients of the first three (libreyolo has none). Before it is timed, it is compared with
+the reference in float64 on a small case of the same kind; one that is wrong is reported as wrong,
+with its errors.
 
 On a GPU a duration is device time, by replay of CUDA graphs that go through several sets of inputs.
 An implementation that waits for the GPU cannot be captured and is reported as failed.

@@ -1,7 +1,7 @@
 """Shows stored rows of a whole detector, as Markdown or as plots.
 
 - `python -m benchmarks.detector table ROWS.json ...` prints a table per benchmark, device and image
-  size; the README's tables are made so.
+  size, as `python -m benchmarks.table` writes them into the documents.
 - `python -m benchmarks.detector plot ROWS.json ...` draws a PNG per file and benchmark: images per
   second of each implementation, a panel per preset and precision, a group of bars per batch.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks.common import Row, group_rows, new_figure, read_rows
+from benchmarks.common import Row, describe, group_rows, markdown_table, new_figure, read_rows
 from benchmarks.detector.implementations import IMPLEMENTATIONS
 from msdetr.cli.options import parse_options, user_errors
 
@@ -71,11 +71,10 @@ def read_detector_rows(path: Path) -> list[Row]:
 def tables(rows: Sequence[Row]) -> str:
     """Markdown of the rows, with a caption per table; columns without any value are left out."""
     fields = ("benchmark", "height", "width", "device", "torch", "triton", "commit")
-    parts = []
-    for (name, height, width, device, torch, triton, commit), group in group_rows(rows, *fields):
-        where = f"{device}, torch {torch}, Triton {triton or 'absent'}, commit {commit}"
-        parts.append(f"{BENCHMARKS[name]}, {height}x{width}, {where}:\n\n{_table(group)}")
-    return "\n\n".join(parts)
+    return "\n\n".join(
+        f"{BENCHMARKS[name]}, {height}x{width}.\n{describe(group)}\n\n{_table(group)}"
+        for (name, height, width, *_), group in group_rows(rows, *fields)
+    )
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -84,14 +83,13 @@ def _table(rows: Sequence[Row]) -> str:
         for name, column in _COLUMNS.items()
         if any(row[name] is not None for row in rows)
     }
-    lines = [
-        ["preset", "precision", "batch", "implementation", *(title for title, _ in used.values())],
-        ["---"] * 4 + ["---:"] * len(used),
+    head = ["preset", "precision", "batch", "implementation"]
+    cells = [
+        [f"`{row['preset']}`", row["dtype"], str(row["batch"]), row["implementation"]]
+        + [_cell(row[name], spec) for name, (_, spec) in used.items()]
+        for row in rows
     ]
-    for row in rows:
-        case = [f"`{row['preset']}`", row["dtype"], str(row["batch"]), row["implementation"]]
-        lines.append(case + [_cell(row[name], spec) for name, (_, spec) in used.items()])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown_table([*head, *(title for title, _ in used.values())], cells, len(head))
 
 
 def _cell(value: float | None, spec: str) -> str:
