@@ -316,13 +316,12 @@ def _passes(
     def backward(output: Tensor, x: Inputs) -> object:
         return implementation.gradients(output, x, retain_graph=True)
 
-    forward = {"forward": lambda: [functools.partial(run, x) for x in inputs]}
-    if not implementation.has_backward:
-        return forward
-    return forward | {
+    passes: dict[str, Callable[[], list[Call]]] = {
+        "forward": lambda: [functools.partial(run, x) for x in inputs],
         "backward": lambda: [functools.partial(backward, run(x), x) for x in inputs],
         "forward+backward": lambda: [functools.partial(forward_and_backward, x) for x in inputs],
     }
+    return passes if implementation.has_backward else {"forward": passes["forward"]}
 
 
 def _empty_row(common: Row, status: str) -> Row:

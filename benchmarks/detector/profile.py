@@ -54,7 +54,8 @@ def profile_step(options: Options, device: torch.device) -> torch.profiler.profi
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
+    profile = torch.profiler.profile(activities=activities)
+    with profile:
         step.run(options.steps)
     return profile
 

@@ -68,7 +68,7 @@ RUN = (
     ),
     Step(
         "host_reads",
-        25,
+        40,
         "-m benchmarks.detector syncs --device cuda --check",
         "--device pretend --preset tiny",
     ),
@@ -93,7 +93,7 @@ RUN = (
     ),
     Step(
         "train_step",
-        160,
+        155,
         f"{_STEP} --batches 2 8 --dtypes bfloat16 --steps 20 "
         "--implementations eager compiled-graphs compiled --output {out}/train_step_cuda.json",
         _TINY_STEP,
@@ -112,14 +112,14 @@ RUN = (
     ),
     Step(
         "assignment",
-        30,
+        25,
         "-m benchmarks.assignment --device cuda --batches 2 16 --targets 20 100 "
         "--time-budget {budget} --output {out}/assignment_cuda.json",
         "--device cpu --batches 2 --queries 30 --targets 5 --anchors 50 --repetitions 2",
         ("assignment_cuda.json",),
         reserve=10,
     ),
-    Step("tests", 30, f"{_TESTS} {_FOCAL_LOSS} {_ASSIGNMENT} {_LIBRARY} {_KERNELS}", _COLLECT),
+    Step("tests", 25, f"{_TESTS} {_FOCAL_LOSS} {_ASSIGNMENT} {_LIBRARY} {_KERNELS}", _COLLECT),
 )
 
 MORE = (

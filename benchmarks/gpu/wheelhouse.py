@@ -8,7 +8,7 @@ Linux on x86-64, Python 3.12, and PyTorch with what that needs.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import email
 import subprocess
 import sys
 import tomllib
@@ -58,9 +58,9 @@ def needed(requirements: Iterable[Requirement], present: Iterable[str]) -> dict[
 def requirements_of(wheel: Path) -> list[Requirement]:
     """What a wheel requires."""
     with zipfile.ZipFile(wheel) as archive:
-        (metadata,) = (x for x in archive.namelist() if x.endswith(".dist-info/METADATA"))
-        folder = zipfile.Path(archive, metadata).parent
-        return list(map(Requirement, importlib.metadata.PathDistribution(folder).requires or ()))
+        (name,) = (x for x in archive.namelist() if x.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(name))
+    return list(map(Requirement, metadata.get_all("Requires-Dist", ())))
 
 
 def download(folder: Path, present: Iterable[str]) -> None:
