@@ -116,27 +116,6 @@ def group_rows(rows: Iterable[Row], *names: str) -> Iterable[tuple[tuple[Any, ..
     return groups.items()
 
 
-def describe(rows: Sequence[Row]) -> str:
-    """Lines on where rows of one device, of the same versions and commit, were measured."""
-    row = rows[0]
-    where = f"{row['device']}, torch {row['torch']}, Triton {row['triton'] or 'absent'}"
-    lines = f"{where}, commit {row['commit']}"
-    # Rows of earlier versions lack the clocks.
-    clocks = [clock for row in rows if (clock := row.get("sm_clock_mhz")) is not None]
-    if clocks:
-        lines += (
-            f",\ndriver {row['driver']}, multiprocessors at {min(clocks)} to {max(clocks)} MHz "
-        )
-        lines += f"(maximum {row['sm_clock_max_mhz']})"
-    return f"{lines}:"
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], num_names: int) -> str:
-    """A table of Markdown, whose columns are aligned to the right after the first `num_names`."""
-    lines = [head, ["---"] * num_names + ["---:"] * (len(head) - num_names), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
 def new_figure(figsize: tuple[float, float]) -> Any:
     """An empty figure of matplotlib, sized in inches.
 

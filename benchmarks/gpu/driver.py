@@ -175,31 +175,13 @@ def _tee(line: bytes, log: IO[bytes]) -> None:
 
 
 def install(wheelhouse: Path, target: Path) -> None:
-    """Install the wheels of packages that are missing here into a folder, and nothing else.
-
-    Raises:
-        ValueError: there are no wheels.
-    """
-    wheels = sorted(wheelhouse.resolve().glob("*.whl"))
-    if not wheels:
-        raise ValueError(f"{wheelhouse} holds no wheels: run `make wheelhouse` first")
-    missing = [wheel for wheel in wheels if not _is_installed(wheel.name.partition("-")[0])]
-    if not missing or _pip_install(missing, target):
-        return
-    for wheel in missing:  # One that does not fit shall not keep the others out.
-        if not _pip_install([wheel], target):
-            print(f"not installed: {wheel.name}")
-
-
-def _pip_install(wheels: Sequence[Path], target: Path) -> bool:
-    options = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--target", str(target)]
-    command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", *options]
-    return subprocess.run([*command, "--upgrade", *map(str, wheels)]).returncode == 0
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+    """Install the wheels of packages that are missing here into a folder, and nothing else."""
+    options = ["--quiet", "--disable-pip-version-check", "--no-index", "--no-deps", "--no-compile"]
+    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(target)]
+    for wheel in sorted(wheelhouse.glob("*.whl")):
+        try:
+            importlib.metadata.distribution(wheel.name.partition("-")[0])
+        except importlib.metadata.PackageNotFoundError:
+            # One by one, so that a wheel that does not fit keeps no other out.
+            done = subprocess.run([*command, str(wheel)]).returncode == 0
+            print(f"{'installed' if done else 'not installed'}: {wheel.name}", flush=True)

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.detector import comparison, inference, report, train
+from benchmarks import table
+from benchmarks.detector import comparison, inference, train
 from benchmarks.detector.cases import Case
 from benchmarks.detector.comparison import (
     TOLERANCES,
@@ -75,7 +76,7 @@ def test_tiny_passes_write_rows(tmp_path: Path) -> None:
     for row in rows:
         assert row["benchmark"] == "inference"
         assert row["images_per_second"] == pytest.approx(2 / row["seconds_p50"])
-    assert report.print_tables([str(path)]) == 0
+    assert table.main([str(path)]) == 0
 
 
 def test_the_published_code_runs_first() -> None:

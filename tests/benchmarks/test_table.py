@@ -10,7 +10,7 @@ import torch
 from benchmarks import common, table
 from benchmarks.attention import measure as attention
 from benchmarks.common import RESULTS, read_json, write_rows
-from benchmarks.table import DOCUMENTS, NOTHING, SECTIONS, fill, gpu_rows, main
+from benchmarks.table import DOCUMENTS, NOTHING, SECTIONS, main, tables
 
 PAGE = "before\n\n<!-- rows: {} -->\nold\nlines\n<!-- end of rows -->\n\nafter\n"
 
@@ -36,17 +36,7 @@ def test_documents_are_checked_and_written(
     write_rows(tmp_path / "train_step_cuda.json", read_json(RESULTS / "train_step_cpu.json"))
     assert main([*arguments, "--check"]) == 1
     assert main(arguments) == 0
-    assert "| `ms-detr-r50-300` | float32 | 2 | eager | 0.264 |" in page.read_text()
-    with pytest.raises(ValueError, match="unknown section 'other'"):
-        fill(PAGE.format("other"), [])
-
-
-def test_rows_of_a_cpu_are_left_out(tmp_path: Path) -> None:
-    write_rows(tmp_path / "inference_cpu.json", [{"benchmark": "inference"}])
-    assert gpu_rows(tmp_path) == []
-    assert fill(PAGE.format("attention"), []) == PAGE.format("attention").replace(
-        "old\nlines", NOTHING
-    )
+    assert "| ms-detr-r50-300 | 480 | 640 | float32 | 2 | eager | 0.264 |" in page.read_text()
 
 
 def test_tables_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,13 +52,13 @@ def test_tables_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     (rows,) = attention.measure(options, timer=lambda calls: [1e-3, 2e-3, 3e-3])
     wrong = {**rows[-1], "implementation": "other", "p50_us": None, "status": "wrong: by far"}
-    text = table.attention_tables([*rows, wrong])
-    assert "driver 580.1, multiprocessors at 1755 to 1755 MHz (maximum 1980)" in text
-    assert "| tiny | 2 | float32 | 0 | reference | 2000.0 | 2000.0 | 2000.0 | - |" in text
-    assert "| tiny | 2 | float32 | 0 | other | - | - | - | - |" in text
+    text = tables(SECTIONS["attention"], [*rows, wrong])
+    assert "driver 580.1, multiprocessors at 1755 to 1755 of 1980 MHz:" in text
+    assert "| tiny | 2 | float32 | 0.0 | reference | 2000.0 | 2000.0 | 2000.0 |" in text
+    assert "| tiny | 2 | float32 | 0.0 | other | - | - | - |" in text
     assert text.endswith("| wrong: by far |")
 
-    text = table.assignment_tables(read_json(RESULTS / "assignment_cpu.json")[:4])
+    text = tables(SECTIONS["assignment"], read_json(RESULTS / "assignment_cpu.json")[:4])
     assert "| one_to_many | 16 | 300 | 20 | chunked | " in text
 
 
