@@ -48,7 +48,8 @@ class Driver:
         self.packages = work / "packages"
         """Folder of packages that the steps can import."""
         self._end = time.monotonic() + seconds
-        self._published, self._rehearse = published, rehearse
+        self._published = published and published.resolve()
+        self._rehearse = rehearse
         self._report = self.out / f"gpu_{command}.json"
         self._log = self.out / f"gpu_{command}.log"
 
@@ -61,16 +62,19 @@ class Driver:
                 left = self._end - time.monotonic()
                 later = sum(x.seconds for x in steps[place + 1 :] if self.why_skipped(x) is None)
                 limit = min(max(step.seconds, left - later), left)
+                seconds, status = self._take(step, limit, log)
                 rows.append(
-                    {"step": step.name, "limit": round(limit), **self._take(step, limit, log)}
+                    {
+                        "step": step.name,
+                        "limit": round(limit),
+                        "seconds": seconds,
+                        "status": status,
+                    }
                 )
-                self._report.write_text(
-                    "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8"
-                )
+                lines = ",\n".join(map(json.dumps, rows))
+                self._report.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
         for row in rows:
-            print(
-                f"{row['step']:<20}{row['seconds']:>7.1f} of {row['limit']:>4} s  {row['status']}"
-            )
+            print("{step:<20}{seconds:>7.1f} of {limit:>4} s  {status}".format(**row))
         return int(any(row["status"].startswith(("failed", "stopped")) for row in rows))
 
     def why_skipped(self, step: Step) -> str | None:
@@ -99,13 +103,14 @@ class Driver:
             words = [word.replace(f"{{{name}}}", str(value)) for word in words]
         return words
 
-    def _take(self, step: Step, limit: float, log: IO[bytes]) -> dict[str, Any]:
+    def _take(self, step: Step, limit: float, log: IO[bytes]) -> tuple[float, str]:
+        """Run a step, unless it cannot run; its seconds and its status."""
         begin = time.monotonic()
         reason = self.why_skipped(step)
         if reason is None and limit < MIN_SECONDS:
             reason = "no time left"
         if reason is not None:
-            return {"seconds": 0.0, "status": f"skipped: {reason}"}
+            return 0.0, f"skipped: {reason}"
         words = self.words(step, limit)
         _tee(f"== {step.name}, {limit:.0f} s: {shlex.join(words)}\n".encode(), log)
         try:
@@ -118,7 +123,7 @@ class Driver:
             status = f"failed: it wrote no {', '.join(missing)}"
         seconds = round(time.monotonic() - begin, 1)
         _tee(f"== {step.name}: {status} after {seconds} s\n".encode(), log)
-        return {"seconds": seconds, "status": status, "command": shlex.join(words)}
+        return seconds, status
 
     def _environment(self) -> dict[str, str]:
         paths = [str(self.packages), str(ROOT), os.environ.get("PYTHONPATH", "")]
