@@ -13,9 +13,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
-# Without a GPU, kernels run in Triton's interpreter. It is chosen when they are imported.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest_plugins = ["ptx"]
 
 # What tests compare in float32 is float32: by default a GPU's convolutions round to TF32.
 torch.backends.cudnn.allow_tf32 = False
@@ -57,6 +55,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run tests that take minutes")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Without a GPU, kernels run in Triton's interpreter. It is chosen when they are imported.
+    if not config.getoption("--ptx") and not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if hasattr(config, "workerinput"):
         ranks = {ROOT / "tests" / name: rank for rank, name in enumerate(LONG_FILES)}
@@ -64,8 +68,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     reasons = {}
     if not config.getoption("--slow"):
         reasons["slow"] = "takes minutes: give --slow"
-    if not torch.cuda.is_available():
+    if not config.getoption("--ptx"):
+        reasons["compiled"] = "runs compiled code on the CPU: give --ptx"
+    if config.getoption("--ptx") or not torch.cuda.is_available():
         reasons["gpu"] = "needs a CUDA device"
+    if config.getoption("--ptx") or torch.cuda.is_available():
+        reasons["interpreted"] = "counts what Triton's interpreter calls"
     for item in items:
         for marker, reason in reasons.items():
             if item.get_closest_marker(marker):
@@ -82,10 +90,11 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def kernel_device() -> torch.device:
-    """Where Triton's kernels run: the GPU, or the CPU in Triton's interpreter."""
+def kernel_device(request: pytest.FixtureRequest) -> torch.device:
+    """Where Triton's kernels run: the GPU, or the CPU in Triton's interpreter or with `--ptx`."""
     pytest.importorskip("triton")
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = torch.cuda.is_available() and not request.config.getoption("--ptx")
+    return torch.device("cuda" if on_gpu else "cpu")
 
 
 @pytest.fixture(autouse=True)

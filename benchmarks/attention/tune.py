@@ -28,9 +28,9 @@ from benchmarks.attention.cases import DTYPES, SHAPES, Case, Inputs, make_inputs
 from benchmarks.common import Row, environment, print_table, write_rows
 from benchmarks.device_time import Timer, num_input_sets, time_calls, work_on
 from msdetr.cli.options import parse_options, user_errors
-from msdetr.kernels import ms_deform_attn as launchers
-from msdetr.kernels import ms_deform_attn_configs as configs
-from msdetr.kernels.ms_deform_attn_configs import DirectConfig, WindowConfig
+from msdetr.kernels.ms_deform_attn import configs
+from msdetr.kernels.ms_deform_attn import launch as launchers
+from msdetr.kernels.ms_deform_attn.configs import DirectConfig, WindowConfig
 
 Kernel = Literal["forward", "points", "value", "windows"]
 Queries = Literal["grid", "few", "many"]

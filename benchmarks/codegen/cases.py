@@ -49,7 +49,7 @@ class AttentionCall:
 
 def launch_attention(call: AttentionCall) -> None:
     """Launch the kernels of deformable attention, forward and backward."""
-    from msdetr.kernels import ms_deform_attn as kernels
+    from msdetr.kernels.ms_deform_attn import launch as kernels
 
     shape = SHAPES[call.shape]
     num_levels, num_points = len(shape.levels), shape.num_points

@@ -6,7 +6,7 @@ kernels have the constants that the launchers would choose on that GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 from unittest import mock
 
@@ -19,7 +19,7 @@ class Code(NamedTuple):
 
     kernel: str
     constants: Mapping[str, Any]
-    """Keyword arguments of the launch."""
+    """Fields of the bundles of compile-time constants that the launch has."""
     num_warps: int
     shared_bytes: int
     tensor_columns: int
@@ -60,6 +60,16 @@ class _OfflineDriver:
         return GPUTarget("cuda", self._capability, 32)
 
 
+def _constants(arguments: Sequence[Any]) -> dict[str, Any]:
+    return {
+        name: value.value
+        for bundle in arguments
+        if hasattr(bundle, "_fields")
+        for name, value in bundle._asdict().items()
+        if hasattr(value, "value")
+    }
+
+
 def compile_launches(launch: Callable[[], None], architecture: Architecture) -> list[Code]:
     """Code of the kernels that a function launches, in order.
 
@@ -68,8 +78,8 @@ def compile_launches(launch: Callable[[], None], architecture: Architecture) -> 
     from triton import knobs
     from triton.runtime import JITFunction, driver
 
-    from msdetr.kernels import ms_deform_attn as launchers
-    from msdetr.kernels import ms_deform_attn_configs as configs
+    from msdetr.kernels.ms_deform_attn import configs
+    from msdetr.kernels.ms_deform_attn import launch as launchers
 
     codes = []
     run = JITFunction.run
@@ -81,7 +91,7 @@ def compile_launches(launch: Callable[[], None], architecture: Architecture) -> 
         codes.append(
             Code(
                 kernel=kernel.__name__,
-                constants=constants,
+                constants=_constants(args),
                 num_warps=code.metadata.num_warps,
                 shared_bytes=code.metadata.shared,
                 tensor_columns=getattr(code.metadata, "tmem_size", 0),

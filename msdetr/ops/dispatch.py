@@ -43,6 +43,9 @@ def _is_installed(package: str) -> bool:
 _HAS_TRITON = _is_installed("triton")
 # Triton reads this variable when the modules of the kernels are imported.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+kernel_devices = frozenset(("cuda", "cpu") if _INTERPRETED else ("cuda",))
+"""Types of the devices whose tensors kernels take. Something else than Triton's interpreter that
+runs kernels on the CPU assigns its own."""
 
 
 def resolve_impl(
@@ -75,7 +78,7 @@ def resolve_impl(
         reason = f"{op} has no Triton kernel"
     elif not _HAS_TRITON:
         reason = "Triton is not installed"
-    elif device is not None and device.type != "cuda" and not _INTERPRETED:
+    elif device is not None and device.type not in kernel_devices:
         reason = f"Triton needs a CUDA device (or TRITON_INTERPRET=1), got {device}"
     elif unsupported is not None:
         reason = f"{op}: {unsupported}"

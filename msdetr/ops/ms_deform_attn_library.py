@@ -17,7 +17,7 @@ from msdetr.ops.registration import no_second_derivative, register_op
 from msdetr.structures import SpatialShapes
 
 if TYPE_CHECKING:
-    from msdetr.kernels.ms_deform_attn import Points
+    from msdetr.kernels.ms_deform_attn.launch import Points
 
 
 def flatten_shapes(spatial_shapes: SpatialShapes) -> list[int]:
@@ -36,7 +36,7 @@ def _with_dense_channels(value: Tensor) -> Tensor:
 
 
 def _standard_points(sampling_locations: Tensor, attention_weights: Tensor) -> Points:
-    from msdetr.kernels.ms_deform_attn import Points
+    from msdetr.kernels.ms_deform_attn.launch import Points
 
     locations = sampling_locations.contiguous().flatten(2)
     weights = attention_weights.contiguous().flatten(2)
@@ -46,7 +46,7 @@ def _standard_points(sampling_locations: Tensor, attention_weights: Tensor) -> P
 def _fused_points(
     value: Tensor, num_levels: int, projection: Tensor, reference_points: Tensor
 ) -> Points:
-    from msdetr.kernels.ms_deform_attn import Points
+    from msdetr.kernels.ms_deform_attn.launch import Points
 
     if projection.stride(2) != 1:
         projection = projection.contiguous()
@@ -62,7 +62,7 @@ def _forward(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    from msdetr.kernels import ms_deform_attn as kernels
+    from msdetr.kernels.ms_deform_attn import launch as kernels
 
     points = _standard_points(sampling_locations, attention_weights)
     return kernels.forward(_with_dense_channels(value), _shapes(spatial_shapes), points, None)
@@ -75,7 +75,7 @@ def _fused_forward(
     reference_points: Tensor,
     valid_sizes: Tensor | None,
 ) -> Tensor:
-    from msdetr.kernels import ms_deform_attn as kernels
+    from msdetr.kernels.ms_deform_attn import launch as kernels
 
     shapes = _shapes(spatial_shapes)
     points = _fused_points(value, len(shapes), projection, reference_points)
@@ -94,7 +94,7 @@ def _backward(
     need_points: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from msdetr.kernels import ms_deform_attn as kernels
+    from msdetr.kernels.ms_deform_attn import launch as kernels
 
     points = _standard_points(sampling_locations, attention_weights)
     arguments = (
@@ -128,7 +128,7 @@ def _fused_backward(
     need_reference: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from msdetr.kernels import ms_deform_attn as kernels
+    from msdetr.kernels.ms_deform_attn import launch as kernels
 
     shapes = _shapes(spatial_shapes)
     points = _fused_points(value, len(shapes), projection, reference_points)

@@ -17,9 +17,9 @@ pytest.importorskip("triton")
 from benchmarks.attention import tune
 from benchmarks.attention.cases import SHAPES, Case
 from benchmarks.attention.tune import Options, Work, candidates, fastest, using, write_table
-from msdetr.kernels import ms_deform_attn as launchers
-from msdetr.kernels import ms_deform_attn_configs as configs
-from msdetr.kernels.ms_deform_attn_configs import (
+from msdetr.kernels.ms_deform_attn import configs
+from msdetr.kernels.ms_deform_attn import launch as launchers
+from msdetr.kernels.ms_deform_attn.configs import (
     DirectConfig,
     WindowConfig,
     default_windows,
@@ -114,13 +114,17 @@ def test_the_fastest_right_candidate_wins(table: Path, capsys: pytest.CaptureFix
 
 
 class RecordingKernel:
-    """Replaces a kernel, and keeps the constants of its launches."""
+    """Replaces a kernel, and keeps the tile and the options of its launches."""
 
     def __init__(self) -> None:
         self.launches: list[dict[str, Any]] = []
 
     def __getitem__(self, grid: Any) -> Any:
-        return lambda *arguments, **constants: self.launches.append(constants)
+        def launch(*arguments: Any, **options: Any) -> None:
+            tile = arguments[-1]
+            self.launches.append({**tile._asdict(), **options})
+
+        return launch
 
 
 def test_an_override_reaches_the_launch(

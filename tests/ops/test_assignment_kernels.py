@@ -225,7 +225,7 @@ class TestLinearAssignment:
         check_assignment(cost[:2], torch.tensor([16, 9]), kernel_device, unique=True)
         check_assignment(cost[2:], torch.tensor([16, 9]), kernel_device, unique=False)
 
-    @pytest.mark.skipif(torch.cuda.is_available(), reason="counts interpreted calls")
+    @pytest.mark.interpreted
     @pytest.mark.parametrize(("contested", "searches"), [(0, 0), (1, 1), (3, 3)])
     def test_only_contested_targets_search(self, kernel_device, monkeypatch, contested, searches):
         from msdetr.kernels import linear_assignment as kernel

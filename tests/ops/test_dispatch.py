@@ -76,7 +76,7 @@ class TestResolve:
     def _one_kernel(self, monkeypatch):
         monkeypatch.setattr(dispatch, "_KERNELS", frozenset({"op"}))
         monkeypatch.setattr(dispatch, "_HAS_TRITON", True)
-        monkeypatch.setattr(dispatch, "_INTERPRETED", False)
+        monkeypatch.setattr(dispatch, "kernel_devices", {"cuda"})
 
     @pytest.mark.parametrize(
         ("impl", "device", "unsupported", "expected"),
@@ -97,8 +97,8 @@ class TestResolve:
         assert resolve_impl("op", "reference", torch.device("cpu")) == "reference"
         assert resolve_impl("op", "auto", torch.device("cuda"), "too wide") == "reference"
 
-    def test_the_interpreter_runs_kernels_on_the_cpu_on_request_only(self, monkeypatch):
-        monkeypatch.setattr(dispatch, "_INTERPRETED", True)
+    def test_kernels_run_on_an_emulating_cpu_on_request_only(self, monkeypatch):
+        monkeypatch.setattr(dispatch, "kernel_devices", {"cpu"})
         assert resolve_impl("op", "triton", torch.device("cpu")) == "triton"
         assert resolve_impl("op", "auto", torch.device("cpu")) == "reference"
 

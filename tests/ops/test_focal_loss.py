@@ -276,6 +276,7 @@ class TestKernel:
             torch.testing.assert_close(mine, expected, equal_nan=True)
 
     def test_memory_layouts(self, kernel_device):
+        """Each is compiled on its own, and may sum in another order and round elsewhere."""
         call = random_call(kernel_device, (2, 3, 4, 5))
         expected = call.run("triton")
         wide = torch.full((2, 3, 4, 11), NAN, device=kernel_device)
@@ -293,10 +294,11 @@ class TestKernel:
         shifted = replace(call, logits=shifted[1:].view(call.logits.shape))
         for other in (strided, transposed, shifted):
             for mine, truth in zip(other.run("triton"), expected, strict=True):
-                assert torch.equal(mine, truth)
+                torch.testing.assert_close(mine, truth, rtol=1e-5, atol=0)
         summed = replace(call, grad_output=torch.ones((), device=kernel_device).expand(2))
         dense = replace(call, grad_output=torch.ones(2, device=kernel_device))
-        assert torch.equal(summed.run("triton")[1], dense.run("triton")[1])
+        gradients = [one.run("triton")[1] for one in (summed, dense)]
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=0)
 
     @pytest.mark.parametrize("shape", [(2, 2, 14, 91), (3, 1, 13, 1), (2, 1, 16, 80)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,6 +4,8 @@ interpreter, where every program takes tenths of a second. Hence the small shape
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -18,7 +20,7 @@ from msdetr.ops import ms_deform_attn_library
 from msdetr.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
 from msdetr.structures import SpatialShapes
 
-kernels = pytest.importorskip("msdetr.kernels.ms_deform_attn")
+kernels = pytest.importorskip("msdetr.kernels.ms_deform_attn.launch")
 
 ROUNDING = 32
 LEVELS = ((5, 7), (3, 4), (2, 2), (1, 1))
@@ -75,8 +77,8 @@ def random_call(
         reference = torch.rand(batch, queries, len(shapes), reference_dim)
     samples = heads * len(shapes) * points
     offsets = torch.randn(batch, queries, 2 * samples) * spread
-    # Not at pixel centres in any type: gradients of positions are one-sided there.
-    offsets = (offsets * 4).round() / 4 + 0.140625
+    # Exact in every type, and never at pixel centres: gradients of positions are one-sided there.
+    offsets = (offsets * 4).round().clamp(-30, 30) / 4 + 5 / 32
     projection = torch.cat((offsets, torch.randn(batch, queries, samples)), dim=-1)
     return Call(
         torch.randn(batch, tokens, heads, head_dim).to(device, dtype),
@@ -95,6 +97,62 @@ def check(call: Call) -> list[Tensor]:
         result, call.run("reference"), call.run("reference", torch.float64), rounding=ROUNDING
     )
     return result
+
+
+@contextlib.contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def call_with_samples_on_edges(device: torch.device, dtype: torch.dtype) -> Call:
+    """An encoder's call whose samples lie at the edges of the default windows, or close to them.
+
+    In both coordinates, the samples of a cell of 8 x 8 pixels of level 0 are the same number of
+    pixels before and behind the cell's centre. So they place the windows around it.
+    """
+    shapes = ((16, 16), (8, 8), (4, 4))
+    edges = torch.tensor([-8.5, -7.625, -7.5, -7.375, 7.375, 7.5, 7.625, 8.5])
+    rows = []
+    for query_level, (height, width) in enumerate(shapes):
+        query = torch.cartesian_prod(torch.arange(height), torch.arange(width)).flip(-1)
+        center = query * 2**query_level // 8 * 8 + 4.0  # of the cell, in pixels of level 0
+        offsets = []
+        for level in range(len(shapes)):
+            place = edges if level < 2 else edges - 4 * edges.sign()  # smaller windows
+            place = torch.stack((place[query % 8], place[(query + 1) % 8]), dim=1)
+            of_cell = center / 2**level - (query + 0.5) * 2.0 ** (query_level - level)
+            offsets.append(place + of_cell[:, None])
+        rows.append(torch.stack(offsets, dim=1))
+    offsets = torch.cat(rows).flatten(1)  # [Q, L * P * 2]
+    assert torch.equal(offsets.to(dtype).float(), offsets)
+    call = random_call(
+        device, shapes=shapes, queries=None, heads=1, head_dim=16, points=2, dtype=dtype
+    )
+    call.projection[0, :, : offsets.shape[1]] = offsets.to(call.projection)
+    return call
+
+
+def check_samples_on_edges(device: torch.device, dtype: torch.dtype) -> None:
+    """The gradient of `value`, from windows and from reductions of single samples."""
+    call = call_with_samples_on_edges(device, dtype)
+
+    def gradient(impl: str, dtype: torch.dtype | None = None) -> Tensor:
+        value, projection = (
+            x if dtype is None else x.to(dtype) for x in (call.value, call.projection)
+        )
+        value = value.detach().requires_grad_()
+        output = ms_deform_attn_fused(value, call.shapes, projection, call.reference, impl=impl)
+        return torch.autograd.grad(output, value, call.grad_output.to(output.dtype))[0]
+
+    allowed = [gradient("reference")], [gradient("reference", torch.float64)]
+    assert_as_accurate([gradient("triton")], *allowed, rounding=ROUNDING)
+    with deterministic_algorithms():  # without windows
+        single = gradient("triton")
+    assert_as_accurate([single], *allowed, rounding=ROUNDING)
 
 
 class TestFused:
@@ -321,6 +379,10 @@ class TestPixelsAsQueries:
         exact = call.run("reference", torch.float64)
         assert_as_accurate(result[:2], call.run("reference")[:2], exact[:2], rounding=ROUNDING)
 
+    def test_samples_on_the_edges_of_windows(self, kernel_device):
+        """Each is added by one of both kernels. Others miss an edge by an eighth of a pixel."""
+        check_samples_on_edges(kernel_device, torch.bfloat16)
+
     def test_windows_and_plain_reductions_are_both_used(self, kernel_device, monkeypatch):
         """Otherwise the tests above would not compare both paths."""
         taken = []
@@ -332,7 +394,7 @@ class TestPixelsAsQueries:
             def __getitem__(self, grid):
                 def launch(*args, **kwargs):
                     self.kernel[grid](*args, **kwargs)
-                    taken.append(args[6])  # the windows
+                    taken.append(args[4])  # the windows
 
                 return launch
 
@@ -400,6 +462,9 @@ class TestStandard:
         assert torch.equal(result, expected)
 
 
+ENCODER = ((100, 167), (50, 84), (25, 42), (13, 21))
+
+
 class TestAccuracy:
     def test_thousands_of_additions_in_one_pixel(self, kernel_device):
         """A bfloat16 sum would stop growing at 256 times an addend."""
@@ -426,11 +491,19 @@ class TestAccuracy:
     @pytest.mark.gpu
     @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
     def test_encoder_size(self, kernel_device, dtype):
-        shapes = ((100, 167), (50, 84), (25, 42), (13, 21))
         call = random_call(
-            kernel_device, shapes=shapes, queries=None, heads=8, head_dim=32, dtype=dtype
+            kernel_device, shapes=ENCODER, queries=None, heads=8, head_dim=32, dtype=dtype
         )
         check(call)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+    def test_no_sample_is_at_a_pixel_centre(self, dtype):
+        """There, the reference itself is far off, and errors of positions would not show."""
+        call = random_call(torch.device("cpu"), shapes=ENCODER, queries=None, heads=1, dtype=dtype)
+        offsets = call.projection[0, :, : 4 * 4 * 2].double().unflatten(1, (4, 4, 2))
+        sides = torch.tensor(ENCODER).flip(-1)
+        position = call.reference[0].double()[:, :, None] * sides[:, None] - 0.5 + offsets
+        assert (position - position.round()).abs().amin() > 1e-4
 
 
 @pytest.mark.parametrize("queries", [5, None])
@@ -462,9 +535,8 @@ def test_every_element_is_written(kernel_device, queries, dtype):
 class TestDeterministic:
     @pytest.fixture(autouse=True)
     def _deterministic(self):
-        torch.use_deterministic_algorithms(True)
-        yield
-        torch.use_deterministic_algorithms(False)
+        with deterministic_algorithms():
+            yield
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_as_accurate(self, kernel_device, dtype):
@@ -515,10 +587,9 @@ class TestDeterministic:
 
     @pytest.mark.gpu
     def test_repeats_bitwise(self, kernel_device):
-        shapes = ((100, 167), (50, 84), (25, 42), (13, 21))
         call = random_call(
             kernel_device,
-            shapes=shapes,
+            shapes=ENCODER,
             queries=None,
             heads=8,
             head_dim=32,
@@ -550,7 +621,7 @@ class TestWideOffsets:
             None,
             4,
         )
-        assert kernels._is_wide(value, shapes, points) == wide
+        assert kernels._sizes(value, shapes, points).WIDE is wide
         assert kernels.needs_wide_offsets(shapes, queries, stride) == wide
 
     def test_more_than_2_to_31_elements_on_meta_tensors(self):
@@ -569,7 +640,8 @@ class TestWideOffsets:
     def test_give_the_same_results(self, kernel_device, queries, monkeypatch):
         call = random_call(kernel_device, shapes=LEVELS[:2], queries=queries, heads=1)
         expected = call.run("triton")
-        monkeypatch.setattr(kernels, "needs_wide_offsets", lambda *_: True)
+        sizes_of = kernels.sizes_of
+        monkeypatch.setattr(kernels, "sizes_of", lambda *args: sizes_of(*args)._replace(WIDE=True))
         for mine, truth in zip(call.run("triton"), expected, strict=True):
             torch.testing.assert_close(mine, truth, rtol=0, atol=1e-6)
 

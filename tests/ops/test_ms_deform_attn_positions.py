@@ -20,25 +20,35 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from msdetr.kernels.deform_cells import load_samples
+from msdetr.kernels.ms_deform_attn.launch import as_constants
+from msdetr.kernels.ms_deform_attn.sampling import (
+    Level,
+    Rows,
+    Sizes,
+    load_reference,
+    load_samples,
+)
 
 
 @triton.jit
-def kernel(points, weights, reference, out, height, width, R: tl.constexpr):
+def kernel(points, weights, reference, out, height, width, sizes: tl.constexpr):
     row = tl.arange(0, 32)
     one = tl.full((32,), 1.0, tl.float32)
-    xs, ys, _ = load_samples(
-        ((points + row * 2)[:, None], (weights + row)[:, None], reference + row * R, one, one),
-        0, height, width, 1, R, 32, 1,
+    rows = Rows(
+        (points + row * 2)[:, None], (weights + row)[:, None], reference + row * sizes.R, one, one
     )
-    tl.store(out + row, xs[0] - ys[0])
+    level = Level(height, width, height, width)
+    origin = load_reference(rows, 0, level, sizes)
+    samples = load_samples(rows, origin, 0, level, 0, sizes, True)
+    tl.store(out + row, samples.x[0] - samples.y[0])
 
 
 def count_fused(r: int, fusion: bool) -> int:
     pointers = dict.fromkeys(("points", "weights", "reference", "out"), "*fp32")
-    signature = {**pointers, "height": "i32", "width": "i32", "R": "constexpr"}
+    signature = {**pointers, "height": "i32", "width": "i32", "sizes": "constexpr"}
+    sizes = as_constants(Sizes(M=1, D=1, L=1, P=1, R=r, WIDE=False, GROUP=1, PADDED_LP=1))
     code = triton.compile(
-        ASTSource(kernel, signature, {"R": r}),
+        ASTSource(kernel, signature, {"sizes": sizes}),
         target=GPUTarget("cuda", 90, 32),
         options={"num_warps": 1, "enable_fp_fusion": fusion},
     )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from parity.golden import find_cases
-
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parametrise a test marked `golden(prefix, ...)` on `case`, over the cases it names."""
     marker = metafunc.definition.get_closest_marker("golden")
     if marker is None:
         return
+    # Not at the top: the options must decide first where kernels run.
+    from parity.golden import find_cases
+
     folder = metafunc.config.getoption("--golden-dir")
     cases = find_cases(folder, marker.args)
     if not cases:

@@ -14,27 +14,33 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from msdetr.kernels.deform_cells import CELL
-from msdetr.kernels.ms_deform_attn_configs import (
+from msdetr.kernels.ms_deform_attn.cells import CELL, WindowSizes
+from msdetr.kernels.ms_deform_attn.configs import (
     DirectConfig,
     Kernel,
     WindowConfig,
     tile_config,
     value_config,
 )
-from msdetr.kernels.ms_deform_attn_forward import forward_kernel
-from msdetr.kernels.ms_deform_attn_points import points_kernel
-from msdetr.kernels.ms_deform_attn_splat import rest_kernel, splat_kernel
-from msdetr.kernels.ms_deform_attn_value import value_kernel
+from msdetr.kernels.ms_deform_attn.forward import forward_kernel
+from msdetr.kernels.ms_deform_attn.points import points_kernel
+from msdetr.kernels.ms_deform_attn.rest import rest_kernel
+from msdetr.kernels.ms_deform_attn.sampling import Maps, Queries, Sizes, Tile, Value
+from msdetr.kernels.ms_deform_attn.value import value_kernel
+from msdetr.kernels.ms_deform_attn.windows import splat_kernel
 from msdetr.structures import SpatialShapes
 
 _MAX_GRID_Y = 65535  # images per launch
+
+Bundle = TypeVar("Bundle", Sizes, Tile, WindowSizes)
+T = TypeVar("T", Tensor, Tensor | None)
 
 
 class Points(NamedTuple):
@@ -53,21 +59,6 @@ class Points(NamedTuple):
     def reference_dim(self) -> int:
         """R of the module's docstring."""
         return 0 if self.reference is None else self.reference.shape[-1]
-
-    def strides(self) -> tuple[int, ...]:
-        """Strides of images and queries, of points and of weights."""
-        return (*self.points.stride()[:2], *self.weights.stride()[:2])
-
-
-class Sizes(NamedTuple):
-    """Compile-time constants of a call."""
-
-    M: int
-    D: int
-    L: int
-    P: int
-    R: int
-    HAS_VALID_SIZES: bool
 
 
 @functools.lru_cache(maxsize=1024)
@@ -110,7 +101,9 @@ class Plan(NamedTuple):
 
     programs: int
     """Per image."""
-    constants: dict[str, Any]
+    sizes: Sizes
+    tile: Tile
+    options: dict[str, Any]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -121,7 +114,6 @@ def plan_direct(
     batch: int,
     queries: int,
     sizes: Sizes,
-    wide: bool,
     need_reference: bool = False,
 ) -> Plan:
     """Number of programs and compile-time constants of a direct kernel."""
@@ -135,7 +127,8 @@ def plan_direct(
         need_reference=need_reference,
     )
     programs = sizes.M * count_tiles(spatial_shapes, queries, config.block_q, config.tile_x)
-    return Plan(programs, {**sizes._asdict(), "WIDE": wide, **tile_constants(config, sizes)})
+    tile = tile_of(config, sizes)
+    return Plan(programs, as_constants(sizes), as_constants(tile), launch_options(config.num_warps))
 
 
 def forward(
@@ -147,25 +140,19 @@ def forward(
     output = value.new_empty(batch, queries, heads * head_dim)
     if not output.numel():
         return output
-    programs, constants = plan_direct(
-        "forward",
-        value.dtype,
-        spatial_shapes,
-        batch,
-        queries,
-        _sizes(value, spatial_shapes, points, valid_sizes),
-        _is_wide(value, spatial_shapes, points),
-    )
-    tensors = (value, points.points, points.weights, points.reference, valid_sizes, output)
-    for chunk in _launches(batch, tensors):
-        forward_kernel[(programs, len(chunk[0]))](
-            *chunk,
+    sizes = _sizes(value, spatial_shapes, points)
+    plan = plan_direct("forward", value.dtype, spatial_shapes, batch, queries, sizes)
+    for images in _launches(batch):
+        outputs = _part(output, images)
+        forward_kernel[(plan.programs, len(outputs))](
+            Value(_part(value, images), *value.stride()[:2]),
+            _queries(points.points, points.weights, points.reference, images),
+            Maps(pack_levels(spatial_shapes), _part(valid_sizes, images)),
+            outputs,
             queries,
-            value.stride(0),
-            value.stride(1),
-            *points.strides(),
-            pack_levels(spatial_shapes),
-            **constants,
+            plan.sizes,
+            plan.tile,
+            **plan.options,
         )
     return output
 
@@ -187,46 +174,28 @@ def backward_points(
     """
     batch, _, heads, _ = value.shape
     queries = points.points.shape[1]
-    sizes = _sizes(value, spatial_shapes, points, valid_sizes)
+    sizes = _sizes(value, spatial_shapes, points)
     grad_reference = None
     if need_reference:
         # A term per head. Images are the first dimension, so that launches can split them.
         shape = (batch, heads, queries, sizes.L, sizes.R)
         grad_reference = value.new_empty(shape, dtype=torch.float32)
     if grad_points.numel():
-        programs, constants = plan_direct(
-            "points",
-            value.dtype,
-            spatial_shapes,
-            batch,
-            queries,
-            sizes,
-            _is_wide(value, spatial_shapes, points),
-            need_reference,
+        plan = plan_direct(
+            "points", value.dtype, spatial_shapes, batch, queries, sizes, need_reference
         )
-        tensors = (
-            grad_output,
-            value,
-            points.points,
-            points.weights,
-            points.reference,
-            valid_sizes,
-            grad_points,
-            grad_weights,
-            grad_reference,
-        )
-        for chunk in _launches(batch, tensors):
-            points_kernel[(programs, len(chunk[0]))](
-                *chunk,
+        for images in _launches(batch):
+            grad_outputs = _part(grad_output, images)
+            points_kernel[(plan.programs, len(grad_outputs))](
+                grad_outputs,
+                Value(_part(value, images), *value.stride()[:2]),
+                _queries(points.points, points.weights, points.reference, images),
+                Maps(pack_levels(spatial_shapes), _part(valid_sizes, images)),
+                _queries(grad_points, grad_weights, grad_reference, images),
                 queries,
-                value.stride(0),
-                value.stride(1),
-                *points.strides(),
-                *grad_points.stride()[:2],
-                *grad_weights.stride()[:2],
-                pack_levels(spatial_shapes),
-                **constants,
-                NEED_REFERENCE=need_reference,
+                plan.sizes,
+                plan.tile,
+                **plan.options,
             )
     return None if grad_reference is None else grad_reference.sum(1)
 
@@ -245,41 +214,34 @@ def backward_value(
     queries = points.points.shape[1]
     if not grad_output.numel():
         return torch.zeros_like(value, memory_format=torch.contiguous_format)
-    sizes = _sizes(value, spatial_shapes, points, valid_sizes)
-    wide = _is_wide(value, spatial_shapes, points)
+    sizes = _sizes(value, spatial_shapes, points)
     total = torch.zeros(
         value.shape,
         dtype=torch.int64 if deterministic else torch.float32,
         device=value.device,
     )
-    tensors = (grad_output, points.points, points.weights, points.reference, valid_sizes, total)
-    windows = value_config(
+    config = value_config(
         value.dtype,
         head_dim,
         batch * heads * queries,
         num_points=sizes.P,
         is_grid=queries == tokens,
-        can_window=sizes.R > 0 and not wide and not deterministic,
-    )
-    if isinstance(windows, WindowConfig):
-        for chunk in _launches(batch, tensors):
-            _add_windows(windows, chunk, points.strides(), spatial_shapes, sizes, queries)
-        return total.to(value.dtype)
-
-    programs, constants = plan_direct(
-        "value", value.dtype, spatial_shapes, batch, queries, sizes, wide
+        can_window=sizes.R > 0 and not sizes.WIDE and not deterministic,
     )
     scale = _fixed_point_scale(grad_output, points) if deterministic else None
-    for chunk in _launches(batch, tensors):
-        value_kernel[(programs, len(chunk[0]))](
-            *chunk,
-            grad_output if scale is None else scale,
-            queries,
-            tokens,
-            *points.strides(),
-            pack_levels(spatial_shapes),
-            **constants,
-            FIXED_POINT=deterministic,
+    for images in _launches(batch):
+        arguments = (
+            _part(grad_output, images),
+            _queries(points.points, points.weights, points.reference, images),
+            Maps(pack_levels(spatial_shapes), _part(valid_sizes, images)),
+            _part(total, images),
+        )
+        if isinstance(config, WindowConfig):
+            _add_windows(config, arguments, spatial_shapes, sizes, queries)
+            continue
+        plan = plan_direct("value", value.dtype, spatial_shapes, batch, queries, sizes)
+        value_kernel[(plan.programs, len(arguments[0]))](
+            *arguments, scale, queries, tokens, plan.sizes, plan.tile, **plan.options
         )
     if scale is None:
         return total.to(value.dtype)
@@ -289,45 +251,25 @@ def backward_value(
 
 def _add_windows(
     config: WindowConfig,
-    arguments: tuple[Tensor, ...],
-    strides: tuple[int, ...],
+    arguments: tuple[Tensor, Queries, Maps, Tensor],
     spatial_shapes: SpatialShapes,
     sizes: Sizes,
     queries: int,
 ) -> None:
     down, across = count_cells(spatial_shapes)
-    images = arguments[0].shape[0]
-    grid = (down * across * sizes.M, images)
-    windows = arguments[0].new_empty((*grid[::-1], sizes.L, 3), dtype=torch.float32)
-    common: dict[str, Any] = {
-        **sizes._asdict(),
-        "GROUP": point_group(sizes.P),
-        "PADDED_LP": padded_samples(sizes),
-        "SIDE": config.side,
-        "COARSE_SIDE": config.coarse_side,
-    }
-    scalars = (queries, *strides, across, pack_levels(spatial_shapes))
-    splat_kernel[grid](
-        *arguments,
-        windows,
-        *scalars,
-        **common,
-        PADDED_D=max(triton.next_power_of_2(sizes.D), 16),
+    grid = (down * across * sizes.M, len(arguments[0]))
+    origins = arguments[0].new_empty((*grid[::-1], sizes.L, 3), dtype=torch.float32)
+    windows = WindowSizes(
+        SIDE=config.side,
+        COARSE_SIDE=config.coarse_side,
         BLOCK_Y=config.block_y,
+        PADDED_D=max(triton.next_power_of_2(sizes.D), 16),
         INTERPRET=is_interpreted(),
-        num_warps=config.num_warps,
-        enable_fp_fusion=True,
     )
-    rest_kernel[grid](
-        *arguments,
-        windows,
-        *scalars,
-        **common,
-        SPLIT_D=config.rest.split_d,
-        SPLITS=triton.cdiv(triton.next_power_of_2(sizes.D), config.rest.split_d),
-        num_warps=config.rest.num_warps,
-        enable_fp_fusion=True,
-    )
+    common = (*arguments, origins, queries, across, as_constants(sizes), as_constants(windows))
+    splat_kernel[grid](*common, **launch_options(config.num_warps))
+    tile = as_constants(tile_of(config.rest, sizes))
+    rest_kernel[grid](*common, tile, **launch_options(config.rest.num_warps))
 
 
 def _fixed_point_scale(grad_output: Tensor, points: Points) -> Tensor:
@@ -347,70 +289,88 @@ def _fixed_point_scale(grad_output: Tensor, points: Points) -> Tensor:
     return (scale + bound * 0.0).to(torch.float32)  # NaN if g is not finite
 
 
-def point_group(num_points: int) -> int:
-    """Number of points that are loaded and stored together."""
-    return int(min(triton.next_power_of_2(num_points), 4))
-
-
-def padded_samples(sizes: Sizes) -> int:
-    """Length of a row of all L * P weights, with points padded to whole groups."""
-    group = point_group(sizes.P)
-    return int(triton.next_power_of_2(sizes.L * triton.cdiv(sizes.P, group) * group))
-
-
 def is_interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter, on the CPU."""
     return bool(triton.knobs.runtime.interpret)
 
 
-def tile_constants(config: DirectConfig, sizes: Sizes) -> dict[str, Any]:
-    """Constants of a direct kernel that follow from its configuration."""
-    return {
-        "BLOCK_Q": config.block_q,
-        "TILE_X": config.tile_x,
-        "GROUP": point_group(sizes.P),
-        "PADDED_LP": padded_samples(sizes),
-        "SPLIT_D": config.split_d,
-        "SPLITS": triton.cdiv(triton.next_power_of_2(sizes.D), config.split_d),
-        "num_warps": config.num_warps,
-        "enable_fp_fusion": True,
-    }
+@functools.lru_cache(maxsize=1024)
+def as_constants(bundle: Bundle) -> Bundle:
+    """The bundle as a constant of a kernel. (Triton 3.6 wants its fields to be constants, too; the
+    interpreter of every version wants plain numbers.)"""
+    return bundle if is_interpreted() else type(bundle)(*map(tl.constexpr, bundle))
 
 
-def _sizes(
-    value: Tensor, spatial_shapes: SpatialShapes, points: Points, valid_sizes: Tensor | None
-) -> Sizes:
-    return Sizes(
-        M=value.shape[2],
-        D=value.shape[3],
-        L=len(spatial_shapes),
-        P=points.num_points,
-        R=points.reference_dim,
-        HAS_VALID_SIZES=valid_sizes is not None,
-    )
+def tile_of(config: DirectConfig, sizes: Sizes) -> Tile:
+    """The tile of a configuration."""
+    splits = triton.cdiv(triton.next_power_of_2(sizes.D), config.split_d)
+    return Tile(config.block_q, config.tile_x, config.split_d, splits)
 
 
-def _is_wide(value: Tensor, spatial_shapes: SpatialShapes, points: Points) -> bool:
-    return needs_wide_offsets(
+def launch_options(num_warps: int) -> dict[str, Any]:
+    """Options of the compiler; Triton's default of the fusion of multiply and add varies."""
+    return {"num_warps": num_warps, "enable_fp_fusion": True}
+
+
+def _sizes(value: Tensor, spatial_shapes: SpatialShapes, points: Points) -> Sizes:
+    return sizes_of(
         spatial_shapes,
         points.points.shape[1],
-        value.stride(1),
-        value.shape[2] * value.shape[3],
-        points.points.stride(1),
-        points.weights.stride(1),
+        value.shape[2],
+        value.shape[3],
+        points.num_points,
+        points.reference_dim,
+        (value.stride(1), points.points.stride(1), points.weights.stride(1)),
     )
 
 
-def _launches(batch: int, tensors: tuple[Tensor | None, ...]) -> Iterator[tuple[Tensor, ...]]:
-    """Arguments of each launch: `tensors`, [B, ...] each, split if a grid cannot hold B images.
+@functools.lru_cache(maxsize=1024)
+def sizes_of(
+    spatial_shapes: SpatialShapes,
+    num_queries: int,
+    heads: int,
+    head_dim: int,
+    num_points: int,
+    reference_dim: int,
+    strides: tuple[int, ...],
+) -> Sizes:
+    """Sizes of a call; `strides` are those of tokens and queries."""
+    levels = len(spatial_shapes)
+    group = int(min(triton.next_power_of_2(num_points), 4))
+    padded_points = triton.cdiv(num_points, group) * group
+    strides = (*strides, heads * head_dim, levels * reference_dim)
+    return Sizes(
+        M=heads,
+        D=head_dim,
+        L=levels,
+        P=num_points,
+        R=reference_dim,
+        WIDE=needs_wide_offsets(spatial_shapes, num_queries, *strides),
+        GROUP=group,
+        PADDED_LP=int(triton.next_power_of_2(levels * padded_points)),
+    )
 
-    A missing tensor, which the kernel does not read, is replaced by the first one.
-    """
-    first = tensors[0]
-    assert first is not None
-    present = tuple(first if tensor is None else tensor for tensor in tensors)
+
+def _queries(
+    points: Tensor, weights: Tensor, reference: Tensor | None, images: slice | None
+) -> Queries:
+    return Queries(
+        _part(points, images),
+        _part(weights, images),
+        _part(reference, images),
+        *points.stride()[:2],
+        *weights.stride()[:2],
+    )
+
+
+def _launches(batch: int) -> Iterator[slice | None]:
+    """The images of each launch: None for all of them, if a grid can hold them."""
     if batch <= _MAX_GRID_Y:
-        yield present
+        yield None
         return
     for start in range(0, batch, _MAX_GRID_Y):
-        yield tuple(tensor[start : start + _MAX_GRID_Y] for tensor in present)
+        yield slice(start, start + _MAX_GRID_Y)
+
+
+def _part(tensor: T, images: slice | None) -> T:
+    return tensor if tensor is None or images is None else tensor[images]

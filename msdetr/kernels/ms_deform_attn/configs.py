@@ -1,6 +1,6 @@
 """Launch configurations of the deformable attention kernels: a table per architecture, and a rule.
 
-`python -m benchmarks.attention tune` writes the table, `ms_deform_attn_configs.json`. An empty
+`python -m benchmarks.attention tune` writes the table, `configs.json`. An empty
 configuration of windows means that the direct kernel is faster. For a case that is not in the
 table, the rule chooses tiles for good generated code: loads of 16 bytes, and as many queries per
 warp as registers allow.
@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-TABLE = Path(__file__).with_name("ms_deform_attn_configs.json")
+TABLE = Path(__file__).with_name("configs.json")
 
 FEW_ROWS = 64 * 1024
 """Launches with fewer rows (image, head, query) are small: they use programs of one warp, so that

@@ -1,0 +1,1 @@
+"""Multi-scale deformable attention. Launchers are in `launch`, a kernel in each other module."""
