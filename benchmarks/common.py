@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import json
@@ -23,15 +24,39 @@ RESULTS = Path(__file__).with_name("results")
 """Folder of the stored rows."""
 
 
+_GPU_FIELDS = {
+    "driver": "driver_version",
+    "sm_clock_mhz": "clocks.sm",
+    "sm_clock_max_mhz": "clocks.max.sm",
+}
+"""Fields of a row, and what `nvidia-smi` calls them."""
+
+
 def environment(device: torch.device) -> Row:
-    """The fields that describe where a row was measured."""
+    """The fields that describe where a row was measured, and the clock of a GPU right now."""
     return {
         "device": _device_name(device),
+        **_gpu_state(device),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "commit": _commit(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _gpu_state(device: torch.device) -> Row:
+    """Driver, clock of the multiprocessors and its maximum; None where they are unknown."""
+    if device.type != "cuda":
+        return dict.fromkeys(_GPU_FIELDS)
+    uuid = torch.cuda.get_device_properties(device).uuid
+    query = f"--query-gpu={','.join(_GPU_FIELDS.values())}"
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", query, "--format=csv,noheader,nounits"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        driver, *clocks = (value.strip() for value in run.stdout.split(","))
+        return dict(zip(_GPU_FIELDS, (driver, *map(int, clocks)), strict=True))
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return dict.fromkeys(_GPU_FIELDS)
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -58,17 +83,26 @@ def collect_rows(batches: Iterable[Sequence[Row]], output: Path | None) -> list[
     return rows
 
 
+def read_json(path: Path) -> list[Row]:
+    """All rows in a file.
+
+    Raises:
+        ValueError: the file is not JSON.
+    """
+    try:
+        rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    return rows
+
+
 def read_rows(path: Path, *benchmarks: str) -> list[Row]:
     """The rows in a file that belong to one of the benchmarks.
 
     Raises:
         ValueError: there are none, or the file is not JSON.
     """
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    selected = [row for row in rows if row.get("benchmark") in benchmarks]
+    selected = [row for row in read_json(path) if row.get("benchmark") in benchmarks]
     if not selected:
         raise ValueError(f"{path} holds no rows of {' or '.join(benchmarks)}")
     return selected
@@ -127,6 +161,7 @@ def _device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
+@functools.cache
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -134,6 +169,7 @@ def _version(package: str) -> str | None:
         return None
 
 
+@functools.cache
 def _commit() -> str:
     """The commit of this checkout, with `-dirty` where files differ from it.
 

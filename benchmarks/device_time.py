@@ -27,6 +27,9 @@ Timer = Callable[[Sequence[Call]], list[float]]
 MIN_REPLAY_SECONDS = 1e-3
 """Minimum duration of a captured graph, so that its launch does not count."""
 _MAX_ROUNDS = 50
+_MAX_SECONDS = 2.0
+"""Of all replays, of which there are at least `_MIN_REPLAYS`."""
+_MIN_REPLAYS = 5
 _MAX_INPUT_SETS = 16
 _CPU_COPY_BYTES = 2**25
 _CUDA_COPY_BYTES = 2**30
@@ -121,7 +124,8 @@ def wall_seconds(calls: Sequence[Call], *, repetitions: int) -> list[float]:
 def graph_seconds(calls: Sequence[Call], *, replays: int) -> list[float]:
     """Durations on the GPU by replay of a CUDA graph, inside `work_on`.
 
-    A replay runs every call at least once, so a duration is the mean over all inputs.
+    A replay runs every call at least once, so a duration is the mean over all inputs. Slow calls
+    are replayed fewer times.
 
     Raises:
         RuntimeError: a call cannot be captured, for example because it reads from the device.
@@ -137,6 +141,8 @@ def graph_seconds(calls: Sequence[Call], *, replays: int) -> list[float]:
         graph = _capture(calls, rounds=rounds)
         _replay_seconds(graph, replays=1)
     per_replay = rounds * len(calls)
+    affordable = int(_MAX_SECONDS / (estimate * rounds))
+    replays = min(replays, max(affordable, _MIN_REPLAYS))
     return [seconds / per_replay for seconds in _replay_seconds(graph, replays=replays)]
 
 

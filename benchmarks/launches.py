@@ -125,13 +125,18 @@ def device_work(call: Callable[[], object]) -> DeviceWork:
         for _ in range(_CALLS):
             call()
         torch.cuda.synchronize()
-    spans = [
-        (event.time_range.start, event.time_range.end)
+    spans = [(event.time_range.start, event.time_range.end) for event in device_events(profile)]
+    return DeviceWork(len(spans) / _CALLS, covered(spans) / 1e6 / _CALLS)
+
+
+def device_events(profile: torch.profiler.profile) -> list[Any]:
+    """The kernels, fills and copies of a GPU in a profile."""
+    # Named ranges, such as an optimizer's step, are listed as device events, too.
+    return [
+        event
         for event in profile.events()
-        # Named ranges, such as an optimizer's step, are listed as device events, too.
         if event.device_type.name == "CUDA" and not event.is_user_annotation
     ]
-    return DeviceWork(len(spans) / _CALLS, covered(spans) / 1e6 / _CALLS)
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:

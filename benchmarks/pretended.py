@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.launches import CPU_KEYS, OUR_OPERATORS, interpreted_launches, is_launch
+from msdetr.ops import dispatch
 
 _PRETEND = "pretend"
 
@@ -293,6 +294,7 @@ def pretending(*folders: Path) -> Iterator[Tally]:
     try:
         with (
             mock.patch.object(torch, "Generator", generator),
+            mock.patch.object(dispatch, "kernel_devices", {*dispatch.kernel_devices, _PRETEND}),
             interpreted_launches(mode.count_kernel, _on_host),
             torch.autograd.set_multithreading_enabled(False),  # so that callers are known
             mode,

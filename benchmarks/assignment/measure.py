@@ -260,7 +260,6 @@ def measure(
 ) -> Iterator[list[Row]]:
     """The rows of each case, after each measurement."""
     device = resolve_device(options.device)
-    where = environment(device)
     # A pretended device stays with its process.
     with work_on(device), torch.no_grad(), Worker("counter") as worker:
 
@@ -272,7 +271,7 @@ def measure(
             rows = measure_case(
                 case, implementations, options, device, None if options.check else counter
             )
-            yield [{**row, **where} for row in rows]
+            yield [{**row, **environment(device)} for row in rows]
 
 
 def main(arguments: Sequence[str]) -> int:

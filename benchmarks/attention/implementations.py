@@ -40,6 +40,7 @@ class Implementation:
     kernel: str | None = None
     """Op whose kernel must be able to run."""
     needs_gpu: bool = False
+    has_backward: bool = True
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why it cannot run here, or None."""
@@ -150,6 +151,26 @@ def _build_deformops(*, float32_sums: bool = False) -> Run:
     return run
 
 
+def _build_libreyolo() -> Run:
+    module = importlib.import_module("libreyolo.kernels.attention.ms_deform_attn_triton")
+    # The check of its arguments reads the shapes from the device, which a capture does not allow.
+    vars(module)["_supported_inputs"] = lambda *_: True
+
+    @torch.no_grad()
+    def run(inputs: Inputs) -> Tensor:
+        output: Tensor | None = module.triton_ms_deform_attn(
+            inputs.value,
+            inputs.table.shapes,
+            sampling_locations(inputs),
+            attention_weights(inputs),
+        )
+        if output is None:
+            raise RuntimeError("its kernel failed")
+        return output
+
+    return run
+
+
 def _build_transformers() -> Run:
     name = "transformers.models.deformable_detr.modeling_deformable_detr"
     attention = importlib.import_module(name).MultiScaleDeformableAttention()
@@ -190,6 +211,9 @@ _ALL = (
         needs_gpu=True,
     ),
     Implementation("transformers", _build_transformers, package="transformers"),
+    Implementation(
+        "libreyolo", _build_libreyolo, package="libreyolo", needs_gpu=True, has_backward=False
+    ),
 )
 
 IMPLEMENTATIONS = {implementation.name: implementation for implementation in _ALL}

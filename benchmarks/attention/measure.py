@@ -1,8 +1,9 @@
 """Durations of deformable attention, ours and the peers': `python -m benchmarks.attention`.
 
 Every implementation computes the same function of value, offsets, logits and reference points, and
-the same gradients of the first three. Before it is timed, it is compared with the reference in
-float64 on a small case of the same kind; one that is wrong is reported as wrong, with its errors.
+the same gradients of the first three (libreyolo has none). Before it is timed, it is compared with
+the reference in float64 on a small case of the same kind; one that is wrong is reported as wrong,
+with its errors.
 
 On a GPU a duration is device time, by replay of CUDA graphs that go through several sets of inputs.
 An implementation that waits for the GPU cannot be captured and is reported as failed.
@@ -65,6 +66,8 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 are summed in the type of `value`, and none for coordinates of that type."""
 
 _FIRST = ("msdetr-fused", "deformops", "reference")
+_LAST = ("reference-compiled",)
+"""Takes seconds to compile for each case."""
 
 _MEASURED = (
     "p20_us",
@@ -148,6 +151,7 @@ def plan(
     """All cases and implementations, the most interesting first.
 
     Those are of the first type and spread: ours, deformops, the reference and ops given by path.
+    Compiled code comes last.
     """
     pairs = [
         (Case(shape, SHAPES[shape], batch, DTYPES[dtype], spread), implementation)
@@ -161,7 +165,7 @@ def plan(
         is_first = (case.dtype == DTYPES[options.dtypes[0]], case.spread == options.spreads[0])
         # Ops given by path are as interesting as the first.
         is_later = implementation.name in IMPLEMENTATIONS and implementation.name not in _FIRST
-        return is_later + is_first.count(False)
+        return is_later + is_first.count(False) + 3 * (implementation.name in _LAST)
 
     return sorted(pairs, key=tier)
 
@@ -186,13 +190,18 @@ def expected_results(case: Case, device: torch.device) -> tuple[Inputs, tuple[Te
 def relative_errors(
     case: Case, implementation: Implementation, run: Run, device: torch.device
 ) -> dict[str, float]:
-    """Error of each of `RESULTS` on a small case: its 2-norm, relative to that of the result."""
+    """Error of each of `RESULTS` on a small case: its 2-norm, relative to that of the result.
+
+    Without a backward pass, that of the output alone.
+    """
     inputs, expected = expected_results(case.small(), device)
     output = run(inputs)
-    value, *rest = implementation.gradients(output, inputs)
-    results = (output.detach(), value, torch.cat(rest, dim=-1))
+    results = [output.detach()]
+    if implementation.has_backward:
+        value, *rest = implementation.gradients(output, inputs)
+        results += [value, torch.cat(rest, dim=-1)]
     errors = {}
-    for name, result, wanted in zip(RESULTS, results, expected, strict=True):
+    for name, result, wanted in zip(RESULTS, results, expected, strict=False):
         if result.shape != wanted.shape:
             raise ValueError(f"{name} is {list(result.shape)}, not {list(wanted.shape)}")
         errors[name] = float((result.double() - wanted).norm() / wanted.norm())
@@ -205,13 +214,17 @@ class Bench:
     def __init__(self, device: torch.device, timer: Timer) -> None:
         self.device = device
         self.timer = timer
-        self._environment = environment(device)
         self._bandwidth = copy_bytes_per_second(device, timer)
         self._inputs: tuple[Case, list[Inputs], dict[str, int]] | None = None
         self._errors: dict[tuple[str, Case], dict[str, float]] = {}
 
     def rows(self, case: Case, implementation: Implementation) -> list[Row]:
         """A row per pass, or one without durations if the implementation is wrong or fails."""
+        rows = self._checked_rows(case, implementation)
+        where = environment(self.device)  # with the clock just after the measurement
+        return [{**row, **where} for row in rows]
+
+    def _checked_rows(self, case: Case, implementation: Implementation) -> list[Row]:
         common = self._common(case, implementation)
         try:
             run = implementation.build()
@@ -220,7 +233,7 @@ class Bench:
             finite = {name: error for name, error in errors.items() if math.isfinite(error)}
             common |= {f"{name}_error": error for name, error in finite.items()}
             # Not `>`, which NaN would pass.
-            wrong = [name for name in RESULTS if not errors[name] <= TOLERANCES[case.dtype]]
+            wrong = [name for name in errors if not errors[name] <= TOLERANCES[case.dtype]]
             if wrong:
                 reasons = ", ".join(f"{name} is off by {errors[name]:.1e}" for name in wrong)
                 return [_empty_row(common, f"wrong: {reasons}")]
@@ -237,7 +250,8 @@ class Bench:
         passes = _passes(implementation, run, inputs)
         peak = None
         if is_gpu:
-            peak = peak_bytes(passes["forward+backward"]()[0], self.device) / 2**20
+            *_, whole = passes.values()
+            peak = peak_bytes(whole()[0], self.device) / 2**20
         rows = []
         for name, prepare in passes.items():
             calls = prepare()
@@ -272,7 +286,6 @@ class Bench:
             "spread": case.spread,
             **{f"{name}_error": None for name in RESULTS},
             "copy_gigabytes_per_second": self._bandwidth / 1e9,
-            **self._environment,
         }
 
     def _errors_of(self, case: Case, implementation: Implementation, run: Run) -> dict[str, float]:
@@ -303,11 +316,12 @@ def _passes(
     def backward(output: Tensor, x: Inputs) -> object:
         return implementation.gradients(output, x, retain_graph=True)
 
-    return {
+    passes: dict[str, Callable[[], list[Call]]] = {
         "forward": lambda: [functools.partial(run, x) for x in inputs],
         "backward": lambda: [functools.partial(backward, run(x), x) for x in inputs],
         "forward+backward": lambda: [functools.partial(forward_and_backward, x) for x in inputs],
     }
+    return passes if implementation.has_backward else {"forward": passes["forward"]}
 
 
 def _empty_row(common: Row, status: str) -> Row:

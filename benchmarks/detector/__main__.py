@@ -1,4 +1,4 @@
-"""`python -m benchmarks.detector {train,inference,syncs,table,plot} [options]`."""
+"""`python -m benchmarks.detector {train,inference,profile,syncs,plot} [options]`."""
 
 from benchmarks.cli import run
 
@@ -8,8 +8,8 @@ if __name__ == "__main__":
         {
             "train": "train:main",
             "inference": "inference:main",
+            "profile": "profile:main",
             "syncs": "syncs:main",
-            "table": "report:print_tables",
-            "plot": "report:draw_plots",
+            "plot": "plot:draw_plots",
         },
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable
@@ -121,6 +122,22 @@ def test_a_wrong_op_is_reported_and_not_timed(
     for row in rows:
         assert row["status"].startswith(status)
         assert (row["p50_us"] is None) == (status != "ok")
+
+
+def test_an_implementation_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = dataclasses.replace(IMPLEMENTATIONS["reference"], has_backward=False)
+    monkeypatch.setitem(IMPLEMENTATIONS, "reference", forward)
+    options = Options(
+        shapes=("tiny",),
+        batches=(2,),
+        spreads=(0.0,),
+        dtypes=("float32",),
+        implementations=("reference",),
+        device="cpu",
+    )
+    ((row,),) = measure(options, timer=lambda calls: [1.0, 2.0, 3.0])
+    assert (row["pass"], row["status"], row["value_error"]) == ("forward", "ok", None)
+    assert row["output_error"] < TOLERANCES[torch.float32]
 
 
 def test_a_wrong_gradient_is_found(write_op: Callable[[str], str]) -> None:

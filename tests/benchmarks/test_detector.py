@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.detector import comparison, inference, report, train
+from benchmarks import table
+from benchmarks.detector import comparison, inference, profile, train
 from benchmarks.detector.cases import Case
 from benchmarks.detector.comparison import (
     TOLERANCES,
@@ -75,7 +76,21 @@ def test_tiny_passes_write_rows(tmp_path: Path) -> None:
     for row in rows:
         assert row["benchmark"] == "inference"
         assert row["images_per_second"] == pytest.approx(2 / row["seconds_p50"])
-    assert report.print_tables([str(path)]) == 0
+    assert table.main([str(path)]) == 0
+
+
+def test_a_profile_lists_what_takes_time(tmp_path: Path) -> None:
+    path, trace = tmp_path / "rows.json", tmp_path / "trace.json.gz"
+    arguments = ["--preset", "tiny", "--height", "64", "--width", "64", "--device", "cpu"]
+    arguments += ["--batch", "1", "--warmup", "1", "--steps", "2"]
+    assert profile.main([*arguments, "--output", str(path), "--trace", str(trace)]) == 0
+    rows = json.loads(path.read_text())
+    times = [row["us"] for row in rows]
+    assert times == sorted(times, reverse=True)
+    assert sum(row["share"] for row in rows) == pytest.approx(1.0)
+    (products,) = (row for row in rows if row["kernel"] == "aten::mm")
+    assert products["launches"] > 10
+    assert trace.stat().st_size > 1000
 
 
 def test_the_published_code_runs_first() -> None:

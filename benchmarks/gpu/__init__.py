@@ -1,0 +1,1 @@
+"""Everything that a GPU decides, in one command: `python -m benchmarks.gpu`."""

@@ -1,0 +1,197 @@
+"""Writes the stored rows of GPUs into the documents: `python -m benchmarks.table [--check]`.
+
+Between the lines `<!-- rows: NAME -->` and `<!-- end of rows -->` of a document are the tables of
+one of `SECTIONS`. With `--check` nothing is written, and the exit status is 1 if a document differs
+from the rows. `python -m benchmarks.table ROWS.json ...` prints the tables of any rows.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tyro
+
+from benchmarks.common import RESULTS, Row, group_rows, read_json
+from msdetr.cli.options import parse_options, user_errors
+
+ROOT = RESULTS.parents[1]
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "kernels" / "ms_deform_attn.md")
+NOTHING = "Nothing on a GPU yet."
+_END = "<!-- end of rows -->"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Write the stored rows of GPUs into the documents, or print given rows."""
+
+    rows: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """JSON files of rows to print as Markdown, instead of writing documents."""
+    check: bool = False
+    """Write nothing, and exit with 1 if a document differs."""
+    results: Path = RESULTS
+    """Folder of the stored rows."""
+
+
+def passes_in_columns(rows: Sequence[Row]) -> list[Row]:
+    """Rows of deformable attention, one per implementation instead of one per pass."""
+    fields = ("device", "commit", "shape", "batch", "dtype", "spread")
+    merged = []
+    for _, case in group_rows(rows, *fields):
+        for _, passes in group_rows(case, "implementation"):
+            medians = {row["pass"]: row["p50_us"] for row in passes}
+            errors = [passes[0][f"{name}_error"] for name in ("output", "value", "projection")]
+            known = [error for error in errors if error is not None]
+            merged.append({**passes[0], **medians, "error": max(known, default=None)})
+    return merged
+
+
+class Section(NamedTuple):
+    """How rows of some benchmarks are shown; a column is a heading and a format, by field."""
+
+    benchmarks: tuple[str, ...]
+    names: tuple[str, ...]
+    """Fields that tell rows apart."""
+    columns: dict[str, tuple[str, str]]
+    """The others. A column without any value is left out."""
+    prepare: Callable[[Sequence[Row]], Sequence[Row]] = lambda rows: rows
+
+
+SECTIONS = {
+    "detector": Section(
+        ("train_step", "inference"),
+        ("benchmark", "preset", "height", "width", "dtype", "batch", "implementation"),
+        {
+            "images_per_second": ("images/s", ".3g"),
+            "seconds_p50": ("median", "seconds"),
+            "seconds_p80": ("p80", "seconds"),
+            "speedup_over_eager": ("over eager", ".2f x"),
+            "speedup_over_published": ("over published", ".2f x"),
+            "gpu_idle_share": ("GPU idle", ".1%"),
+            "kernels": ("kernels", ".0f"),
+            "host_reads": ("host reads", "d"),
+            "model_flops_utilisation": ("FLOP/s utilisation", ".1%"),
+            "peak_memory_mb": ("peak memory", "GiB"),
+        },
+    ),
+    "assignment": Section(
+        ("assignment",),
+        ("task", "batch", "queries", "targets", "implementation"),
+        {
+            "p50_us": ("call, us", ".0f"),
+            "device_us": ("GPU alone, us", ".0f"),
+            "launches": ("launches", "d"),
+            "host_waits": ("host waits", "d"),
+            "speedup": ("over published", ".2f x"),
+            "status": ("status", "s"),
+        },
+    ),
+    "attention": Section(
+        ("ms_deform_attn",),
+        ("shape", "batch", "dtype", "spread", "implementation"),
+        {
+            "forward": ("forward, us", ".1f"),
+            "backward": ("backward, us", ".1f"),
+            "forward+backward": ("both, us", ".1f"),
+            "peak_memory_mb": ("peak memory, MiB", ".0f"),
+            "error": ("largest error", ".1e"),
+            "status": ("status", "s"),
+        },
+        passes_in_columns,
+    ),
+}
+
+
+def tables(section: Section, rows: Sequence[Row]) -> str:
+    """Markdown of the section's rows: a table with a caption per device, versions and commit."""
+    shown = section.prepare([row for row in rows if row.get("benchmark") in section.benchmarks])
+    groups = group_rows(shown, "device", "torch", "triton", "commit")
+    return "\n\n".join(f"{_caption(group)}\n\n{_table(section, group)}" for _, group in groups)
+
+
+def _caption(rows: Sequence[Row]) -> str:
+    row = rows[0]
+    where = f"{row['device']}, torch {row['torch']}, Triton {row['triton'] or 'absent'}"
+    caption = f"{where}, commit {row['commit']}"
+    # Rows of earlier versions lack the clocks.
+    clocks = [clock for row in rows if (clock := row.get("sm_clock_mhz")) is not None]
+    if clocks:
+        caption += f",\ndriver {row['driver']}, multiprocessors at {min(clocks)} to {max(clocks)} "
+        caption += f"of {row['sm_clock_max_mhz']} MHz"
+    return f"{caption}:"
+
+
+def _table(section: Section, rows: Sequence[Row]) -> str:
+    columns = [
+        (name, title, spec)
+        for name, (title, spec) in section.columns.items()
+        if any(row.get(name) is not None for row in rows)
+    ]
+    lines = [
+        [*section.names, *(title for _, title, _ in columns)],
+        ["---"] * len(section.names) + ["---:"] * len(columns),
+    ]
+    for row in rows:
+        names = [str(row[name]) for name in section.names]
+        lines.append(names + [_cell(row.get(name), spec) for name, _, spec in columns])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _cell(value: Any, spec: str) -> str:
+    if value is None:
+        return "-"
+    if spec == "seconds":
+        return f"{value:.3g} s" if value >= 1.0 else f"{value * 1e3:.3g} ms"
+    if spec == "GiB":
+        return f"{value / 2**10:.1f} GiB"
+    number, _, unit = spec.partition(" ")
+    return f"{value:{number}} {unit}".rstrip()
+
+
+def gpu_rows(folder: Path) -> list[Row]:
+    """All rows of a folder that were measured on a GPU: those of `*_cuda.json`."""
+    # Shorter names first: `train_step_cuda.json`, then `train_step_8_cuda.json`.
+    paths = sorted(folder.glob("*_cuda.json"), key=lambda path: (len(path.name), path.name))
+    return [row for path in paths for row in read_json(path)]
+
+
+def fill(text: str, rows: Sequence[Row]) -> str:
+    """The text of a document, with the tables of the rows."""
+
+    def section(match: re.Match[str]) -> str:
+        content = tables(SECTIONS[match[1]], rows) or NOTHING
+        return f"<!-- rows: {match[1]} -->\n{content}\n{_END}"
+
+    return re.sub(rf"<!-- rows: (\w+) -->\n.*?{_END}", section, text, flags=re.DOTALL)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write or check the documents, or print; the exit status."""
+    status = 0
+    with user_errors():
+        options = parse_options(Options, arguments, prog="python -m benchmarks.table")
+        if options.rows:
+            rows = [row for path in options.rows for row in read_json(path)]
+            print("\n\n".join(filter(None, (tables(x, rows) for x in SECTIONS.values()))))
+            return 0
+        rows = gpu_rows(options.results)
+        for path in DOCUMENTS:
+            text = path.read_text(encoding="utf-8")
+            filled = fill(text, rows)
+            if filled == text:
+                continue
+            if options.check:
+                print(f"{path} differs from the rows: run `python -m benchmarks.table`")
+                status = 1
+            else:
+                path.write_text(filled, encoding="utf-8")
+                print(f"wrote {path}")
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
