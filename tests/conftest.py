@@ -13,6 +13,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
+# Without a GPU, kernels run in Triton's interpreter. It is chosen when they are imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 pytest_plugins = ["ptx"]
 
 # What tests compare in float32 is float32: by default a GPU's convolutions round to TF32.
@@ -53,12 +57,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="implementation of the ops that tests/parity checks",
     )
     parser.addoption("--slow", action="store_true", help="also run tests that take minutes")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    # Without a GPU, kernels run in Triton's interpreter. It is chosen when they are imported.
-    if not config.getoption("--ptx") and not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

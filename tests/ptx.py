@@ -47,8 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
     architecture = config.getoption("--ptx")
     if architecture is None:
         return
-    # Read when kernels and their dispatch are imported. Some modules set it where it is missing.
-    os.environ["TRITON_INTERPRET"] = "0"
+    os.environ["TRITON_INTERPRET"] = "0"  # Read when kernels are imported.
     from msdetr.ops import dispatch
 
     dispatch.kernel_devices = frozenset({"cpu"})
