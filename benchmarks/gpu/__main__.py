@@ -25,6 +25,10 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true", help="small sizes, without a GPU")
     options = parser.parse_args()
     steps, seconds = COMMANDS[options.command]
+    names = [step.name for step in steps]
+    for name in options.only or ():
+        if name not in names:
+            parser.error(f"{name} is no step of {options.command}: {', '.join(names)}")
     with tempfile.TemporaryDirectory(prefix="msdetr-gpu-") as work:
         driver = Driver(
             options.command,
@@ -36,6 +40,10 @@ def main() -> int:
         )
         if options.wheelhouse is not None:
             install(options.wheelhouse, driver.packages)
+        reason = None if options.rehearse else driver.why_no_gpu()
+        if reason is not None:
+            print(f"no GPU: {reason}\n`make gpu-rehearsal` runs the steps without one.")
+            return 1
         return driver.run([x for x in steps if not options.only or x.name in options.only])
 
 

@@ -61,7 +61,8 @@ class Driver:
             for place, step in enumerate(steps):
                 left = self._end - time.monotonic()
                 later = sum(x.seconds for x in steps[place + 1 :] if self.why_skipped(x) is None)
-                limit = min(max(step.seconds, left - later), left)
+                share = max(step.seconds, left - later) if step.takes_spare else step.seconds
+                limit = min(share, left)
                 seconds, status = self._take(step, limit, log)
                 rows.append(
                     {
@@ -76,6 +77,12 @@ class Driver:
         for row in rows:
             print("{step:<20}{seconds:>7.1f} of {limit:>4} s  {status}".format(**row))
         return int(any(row["status"].startswith(("failed", "stopped")) for row in rows))
+
+    def why_no_gpu(self) -> str | None:
+        """Why torch cannot compute on a GPU, or None."""
+        command = [sys.executable, "-c", "import torch; torch.cuda.init()"]
+        done = subprocess.run(command, env=self._environment(), capture_output=True, text=True)
+        return done.stderr.strip().splitlines()[-1] if done.returncode else None
 
     def why_skipped(self, step: Step) -> str | None:
         """Why a step cannot run here, or None."""
@@ -168,7 +175,9 @@ def _run(words: Sequence[str], limit: float, environment: dict[str, str], log: I
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # and what it left running
-        process.wait()
+        # A process that waits for a broken GPU does not end.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
     reader.join(GRACE)
     return status
 
@@ -181,12 +190,24 @@ def _tee(line: bytes, log: IO[bytes]) -> None:
 
 def install(wheelhouse: Path, target: Path) -> None:
     """Install the wheels of packages that are missing here into a folder, and nothing else."""
-    options = ["--quiet", "--disable-pip-version-check", "--no-index", "--no-deps", "--no-compile"]
-    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(target)]
-    for wheel in sorted(wheelhouse.glob("*.whl")):
-        try:
-            importlib.metadata.distribution(wheel.name.partition("-")[0])
-        except importlib.metadata.PackageNotFoundError:
-            # One by one, so that a wheel that does not fit keeps no other out.
-            done = subprocess.run([*command, str(wheel)]).returncode == 0
-            print(f"{'installed' if done else 'not installed'}: {wheel.name}", flush=True)
+    options = ["--quiet", "--disable-pip-version-check", "--root-user-action=ignore"]
+    options += ["--no-index", "--no-deps", "--no-compile", "--target", str(target)]
+
+    def works(wheels: Sequence[Path]) -> bool:
+        command = [sys.executable, "-m", "pip", "install", *options, *map(str, wheels)]
+        return subprocess.run(command).returncode == 0
+
+    missing = [wheel for wheel in sorted(wheelhouse.glob("*.whl")) if not _is_installed(wheel)]
+    if not missing or works(missing):
+        return
+    for wheel in missing:  # so that one that does not fit keeps no other out
+        if not works([wheel]):
+            print(f"not installed: {wheel.name}", flush=True)
+
+
+def _is_installed(wheel: Path) -> bool:
+    try:
+        importlib.metadata.distribution(wheel.name.partition("-")[0])
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

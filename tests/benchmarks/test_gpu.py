@@ -19,6 +19,7 @@ from benchmarks.attention import measure as attention
 from benchmarks.attention import tune
 from benchmarks.detector import inference, profile, syncs, train
 from benchmarks.gpu import driver as driver_module
+from benchmarks.gpu.__main__ import main as gpu_main
 from benchmarks.gpu.driver import ROOT, Driver, install
 from benchmarks.gpu.steps import ATTENTION_KERNELS, COMMANDS, Step
 from benchmarks.gpu.wheelhouse import needed, project_requirements, requirements_of
@@ -174,6 +175,38 @@ def test_a_step_that_exceeds_its_time_ends_with_its_children(
     assert "\ninterrupted\n" in (tmp_path / "gpu_run.log").read_text()
 
 
+def test_spare_time_goes_to_steps_that_take_it(
+    run: Callable[..., list[dict[str, Any]]],
+) -> None:
+    rows = run(script("pass", takes_spare=False), script("1"), seconds=60, status=0)
+    assert rows[0]["limit"] == 5
+    assert rows[1]["limit"] > 40
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["run", "--only", "attenton"], 2, "attenton is no step of run: kernels, "),
+        (["run"], 1, "no GPU: RuntimeError: "),
+    ],
+)
+def test_refusals(
+    arguments: list[str],
+    status: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr("sys.argv", ["gpu", *arguments, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        raise SystemExit(gpu_main())
+    assert ended.value.code == status
+    assert message in "".join(capsys.readouterr())
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_step_begins_without_time(run: Callable[..., list[dict[str, Any]]]) -> None:
     (row,) = run(script("pass"), seconds=0.5, status=0)
     assert (row["status"], row["seconds"]) == ("skipped: no time left", 0.0)
@@ -208,9 +241,15 @@ def test_wheels_are_those_that_the_machine_lacks(tmp_path: Path) -> None:
     assert needed(requirements_of(wheel), ("torch",)) == {"typeguard": "typeguard>=4"}
 
 
-def test_only_missing_packages_are_installed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_broken", [False, True])
+def test_only_missing_packages_are_installed(
+    with_broken: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     write_wheel(tmp_path, "torch")
     write_wheel(tmp_path, "not_there_yet", "torch>=99")
+    if with_broken:
+        (tmp_path / "broken-1.0-py3-none-any.whl").write_text("")
     install(tmp_path, tmp_path / "packages")
     assert (tmp_path / "packages" / "not_there_yet.py").is_file()
     assert not list((tmp_path / "packages").glob("torch*"))
+    assert ("not installed: broken-1.0" in capfd.readouterr().out) == with_broken
