@@ -171,12 +171,15 @@ def _version(package: str) -> str | None:
 
 @functools.cache
 def _commit() -> str:
-    """The commit of this checkout, with `-dirty` where files differ from it.
+    """The commit of this checkout, with `-dirty` where files other than results differ from it.
 
     Outside of a checkout it is read from the environment variable MSDETR_COMMIT.
     """
-    command = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty", "--exclude=*"]
+    git = ("git", "-C", str(RESULTS.parent))
+    run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        commit = run([*git, "rev-parse", "--short", "HEAD"]).stdout.strip()
+        changes = run([*git, "status", "--porcelain", "-uno", ":/", ":!results"]).stdout
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("MSDETR_COMMIT", "unknown")
+    return f"{commit}-dirty" if changes else commit

@@ -328,6 +328,63 @@ def _empty_row(common: Row, status: str) -> Row:
     return {**common, "pass": PASSES[-1], **dict.fromkeys(_MEASURED), "status": status}
 
 
+class BenchApart:
+    """A `Bench` in a process of its own, which is replaced when it ends or loses its GPU.
+
+    An access out of bounds ends all work of a process on its GPU. So one implementation cannot
+    stop the others; it is not measured again itself.
+    """
+
+    def __init__(self, device: torch.device, repetitions: int) -> None:
+        self._arguments = (device, repetitions)
+        self._worker: Worker | None = None
+        self._excluded: set[str] = set()
+
+    def rows(self, case: Case, implementation: Implementation) -> list[Row]:
+        """As of `Bench`; none if the process ended, or if it did at an earlier case."""
+        name = implementation.name
+        if name in self._excluded:
+            return []
+        if self._worker is None:
+            self._worker = Worker(name)
+            self._worker.call(_open_bench, *self._arguments)
+        try:
+            rows, works = self._worker.call(_rows_of_bench, case, name)
+        except BrokenProcessPool:
+            rows, works = [], False
+        if not works:
+            print(f"{name} broke its process and is not measured again")
+            self._excluded.add(name)
+            self.close()
+        return rows
+
+    def close(self) -> None:
+        """End the process."""
+        if self._worker is not None:
+            self._worker.__exit__()
+        self._worker = None
+
+
+_bench: Bench
+"""The bench of this worker process."""
+
+
+def _open_bench(device: torch.device, repetitions: int) -> None:
+    global _bench
+    contextlib.ExitStack().enter_context(work_on(device))  # until the process ends
+    _bench = Bench(device, functools.partial(time_calls, device=device, repetitions=repetitions))
+
+
+def _rows_of_bench(case: Case, name: str) -> tuple[list[Row], bool]:
+    """The rows, and whether the device still works."""
+    rows = _bench.rows(case, IMPLEMENTATIONS.get(name) or external_op(name))
+    try:
+        torch.ones(1, device=_bench.device).item()
+    except RuntimeError:
+        return rows, False
+    return rows, True
+
+
 def measure(
     options: Options,
     *,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,24 @@ def test_the_state_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     smi.unlink()
     assert common._gpu_state(cuda) == dict.fromkeys(expected)
     assert common._gpu_state(torch.device("cpu")) == dict.fromkeys(expected)
+
+
+def test_results_do_not_change_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    rows, code = results / "rows.json", tmp_path / "code.py"
+    monkeypatch.setattr(common, "RESULTS", results)
+    monkeypatch.setenv("MSDETR_COMMIT", "from-outside")
+    commit = common._commit.__wrapped__
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert commit() == "from-outside"
+    rows.write_text("old")
+    code.write_text("old")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *words], check=True)
+    clean = commit()
+    rows.write_text("new")
+    assert commit() == clean != "from-outside"
+    code.write_text("new")
+    assert commit() == f"{clean}-dirty"
