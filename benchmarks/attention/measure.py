@@ -15,11 +15,13 @@ On a CPU durations are wall time, and the last two are not measured.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -55,6 +57,7 @@ from benchmarks.device_time import (
     time_calls,
     work_on,
 )
+from benchmarks.processes import Worker
 from msdetr.cli.options import parse_options, user_errors
 from msdetr.engine.device import resolve_device
 from msdetr.ops.ms_deform_attn import ms_deform_attn_fused
@@ -225,7 +228,7 @@ class Bench:
         return [{**row, **where} for row in rows]
 
     def _checked_rows(self, case: Case, implementation: Implementation) -> list[Row]:
-        common = self._common(case, implementation)
+        common = _common(case, implementation, self._bandwidth)
         try:
             run = implementation.build()
             errors = self._errors_of(case, implementation, run)
@@ -272,22 +275,6 @@ class Bench:
             )
         return rows
 
-    def _common(self, case: Case, implementation: Implementation) -> Row:
-        shape = case.shape
-        queries = shape.num_tokens if shape.num_queries is None else shape.num_queries
-        return {
-            "benchmark": "ms_deform_attn",
-            "implementation": implementation.name,
-            "implementation_version": implementation.version,
-            "shape": case.shape_name,
-            "batch": case.batch,
-            "queries": queries,
-            "dtype": str(case.dtype).removeprefix("torch."),
-            "spread": case.spread,
-            **{f"{name}_error": None for name in RESULTS},
-            "copy_gigabytes_per_second": self._bandwidth / 1e9,
-        }
-
     def _errors_of(self, case: Case, implementation: Implementation, run: Run) -> dict[str, float]:
         key = (implementation.name, case.small())
         if key not in self._errors:
@@ -324,54 +311,75 @@ def _passes(
     return passes if implementation.has_backward else {"forward": passes["forward"]}
 
 
+def _common(case: Case, implementation: Implementation, bandwidth: float | None = None) -> Row:
+    shape = case.shape
+    queries = shape.num_tokens if shape.num_queries is None else shape.num_queries
+    return {
+        "benchmark": "ms_deform_attn",
+        "implementation": implementation.name,
+        "implementation_version": implementation.version,
+        "shape": case.shape_name,
+        "batch": case.batch,
+        "queries": queries,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "spread": case.spread,
+        **{f"{name}_error": None for name in RESULTS},
+        "copy_gigabytes_per_second": bandwidth and bandwidth / 1e9,
+    }
+
+
 def _empty_row(common: Row, status: str) -> Row:
     return {**common, "pass": PASSES[-1], **dict.fromkeys(_MEASURED), "status": status}
 
 
 class BenchApart:
-    """A `Bench` in a process of its own, which is replaced when it ends or loses its GPU.
+    """A `Bench` in a process of its own, which is replaced when it ends or its GPU fails.
 
-    An access out of bounds ends all work of a process on its GPU. So one implementation cannot
-    stop the others; it is not measured again itself.
+    After an access out of bounds, a process can compute nothing more on its GPU. The implementation
+    that did it is not measured again, and the others are.
     """
 
     def __init__(self, device: torch.device, repetitions: int) -> None:
-        self._arguments = (device, repetitions)
+        self._device = device
+        self._repetitions = repetitions
         self._worker: Worker | None = None
         self._excluded: set[str] = set()
 
+    def close(self) -> None:
+        """End the process, if there is one."""
+        if self._worker is not None:
+            self._worker.__exit__()
+            self._worker = None
+
     def rows(self, case: Case, implementation: Implementation) -> list[Row]:
-        """As of `Bench`; none if the process ended, or if it did at an earlier case."""
+        """As of `Bench`; none of an implementation that broke its process before."""
         name = implementation.name
         if name in self._excluded:
             return []
         if self._worker is None:
             self._worker = Worker(name)
-            self._worker.call(_open_bench, *self._arguments)
+            self._worker.call(_open_bench, self._device, self._repetitions)
         try:
             rows, works = self._worker.call(_rows_of_bench, case, name)
         except BrokenProcessPool:
-            rows, works = [], False
+            row = _empty_row(_common(case, implementation), "failed: its process ended")
+            rows, works = [{**row, **environment(self._device)}], False
         if not works:
-            print(f"{name} broke its process and is not measured again")
+            print(f"{name} broke its process, and is not measured again", flush=True)
             self._excluded.add(name)
             self.close()
         return rows
 
-    def close(self) -> None:
-        """End the process."""
-        if self._worker is not None:
-            self._worker.__exit__()
-        self._worker = None
 
-
+_stack = contextlib.ExitStack()
+"""Open until this worker process ends."""
 _bench: Bench
 """The bench of this worker process."""
 
 
 def _open_bench(device: torch.device, repetitions: int) -> None:
     global _bench
-    contextlib.ExitStack().enter_context(work_on(device))  # until the process ends
+    _stack.enter_context(work_on(device))
     _bench = Bench(device, functools.partial(time_calls, device=device, repetitions=repetitions))
 
 
@@ -393,13 +401,20 @@ def measure(
 ) -> Iterator[list[Row]]:
     """The rows of each case and implementation, after each measurement."""
     device = resolve_device(options.device)
-    with work_on(device):
-        default = functools.partial(time_calls, device=device, repetitions=options.repetitions)
-        pairs = plan(options, choose_implementations(options, device))
-        bench = Bench(device, timer or default)
+    pairs = plan(options, choose_implementations(options, device))
+    with contextlib.ExitStack() as stack:
+        bench: Bench | BenchApart
+        if device.type == "cuda" and timer is None:
+            bench = BenchApart(device, options.repetitions)
+            stack.callback(bench.close)
+        else:
+            stack.enter_context(work_on(device))
+            default = functools.partial(time_calls, device=device, repetitions=options.repetitions)
+            bench = Bench(device, timer or default)
         for case, implementation in within_budget(pairs, options.time_budget, clock):
             rows = bench.rows(case, implementation)
-            print(*map(_describe, rows), sep="\n", flush=True)
+            for row in rows:
+                print(_describe(row), flush=True)
             yield rows
 
 

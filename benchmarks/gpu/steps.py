@@ -145,8 +145,9 @@ MORE = (
     Step(
         "ncu",
         35,
-        f"ncu --clock-control none --set full --csv --page details --log-file {{out}}/ncu.csv "
-        f"--kernel-name regex:^({'|'.join(ATTENTION_KERNELS)})$ --launch-count 9 --kill yes "
+        "ncu --target-processes all --clock-control none --set full --csv --page details "
+        "--log-file {out}/ncu.csv --launch-count 9 --kill yes "
+        f"--kernel-name regex:^({'|'.join(ATTENTION_KERNELS)})$ "
         "{python} -m benchmarks.attention --device cuda --implementations msdetr-fused "
         "--shapes encoder --batches 2 --dtypes bfloat16 --spreads 0",
         _TINY_ATTENTION,

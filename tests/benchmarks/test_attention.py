@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -138,6 +139,30 @@ def test_an_implementation_without_gradients(monkeypatch: pytest.MonkeyPatch) ->
     ((row,),) = measure(options, timer=lambda calls: [1.0, 2.0, 3.0])
     assert (row["pass"], row["status"], row["value_error"]) == ("forward", "ok", None)
     assert row["output_error"] < TOLERANCES[torch.float32]
+
+
+def test_a_broken_process_does_not_stop_the_others(write_op: Callable[[str], str]) -> None:
+    ends = external_op(write_op("__import__('os')._exit(1)"))
+    reference = IMPLEMENTATIONS["reference"]
+    with contextlib.closing(bench.BenchApart(CPU, 2)) as apart:
+        rows = [apart.rows(tiny_case(), each) for each in (ends, reference, ends, reference)]
+    statuses = [[row["status"] for row in each] for each in rows]
+    assert statuses == [["failed: its process ended"], ["ok"] * 3, [], ["ok"] * 3]
+    assert rows[0][0].keys() == rows[1][0].keys()
+
+
+def test_a_lost_device_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_bench", bench.Bench(CPU, lambda calls: [1.0]), raising=False)
+    rows, works = bench._rows_of_bench(tiny_case(), "reference")
+    assert works
+    assert len(rows) == 3
+
+    def lost(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(bench._bench, "rows", lambda *_: [{"status": "failed"}])
+    monkeypatch.setattr(torch, "ones", lost)
+    assert bench._rows_of_bench(tiny_case(), "reference") == ([{"status": "failed"}], False)
 
 
 def test_a_wrong_gradient_is_found(write_op: Callable[[str], str]) -> None:
