@@ -68,9 +68,11 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write `rows` as a JSON list, a line per row; replaces an existing file."""
+    """Write `rows` as a JSON list, a line per row; replaces an existing file at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    partial.replace(path)
 
 
 def collect_rows(batches: Iterable[Sequence[Row]], output: Path | None) -> list[Row]:

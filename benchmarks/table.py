@@ -22,6 +22,7 @@ from msdetr.cli.options import parse_options, user_errors
 ROOT = RESULTS.parents[1]
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "kernels" / "ms_deform_attn.md")
 NOTHING = "Nothing on a GPU yet."
+_BOTH_PASSES = "forward+backward"
 _END = "<!-- end of rows -->"
 
 
@@ -42,8 +43,14 @@ def passes_in_columns(rows: Sequence[Row]) -> list[Row]:
     fields = ("device", "commit", "shape", "batch", "dtype", "spread")
     merged = []
     for _, case in group_rows(rows, *fields):
-        for _, passes in group_rows(case, "implementation"):
+        whole = {
+            row["implementation"]: row["p50_us"] for row in case if row["pass"] == _BOTH_PASSES
+        }
+        ours = whole.get("msdetr-fused")
+        for (name,), passes in group_rows(case, "implementation"):
             medians = {row["pass"]: row["p50_us"] for row in passes}
+            theirs = whole.get(name)
+            medians["ratio"] = theirs and ours and theirs / ours
             errors = [passes[0][f"{name}_error"] for name in ("output", "value", "projection")]
             known = [error for error in errors if error is not None]
             merged.append({**passes[0], **medians, "error": max(known, default=None)})
@@ -54,17 +61,22 @@ class Section(NamedTuple):
     """How rows of some benchmarks are shown; a column is a heading and a format, by field."""
 
     benchmarks: tuple[str, ...]
+    apart: tuple[str, ...]
+    """Fields whose values have tables of their own."""
     names: tuple[str, ...]
-    """Fields that tell rows apart."""
+    """Further fields that tell rows apart."""
     columns: dict[str, tuple[str, str]]
     """The others. A column without any value is left out."""
     prepare: Callable[[Sequence[Row]], Sequence[Row]] = lambda rows: rows
+    typical: Callable[[Row], bool] = lambda row: True
+    """Whether a document shows the row."""
 
 
 SECTIONS = {
     "detector": Section(
         ("train_step", "inference"),
-        ("benchmark", "preset", "height", "width", "dtype", "batch", "implementation"),
+        ("benchmark",),
+        ("preset", "height", "width", "dtype", "batch", "implementation"),
         {
             "images_per_second": ("images/s", ".3g"),
             "seconds_p50": ("median", "seconds"),
@@ -80,7 +92,8 @@ SECTIONS = {
     ),
     "assignment": Section(
         ("assignment",),
-        ("task", "batch", "queries", "targets", "implementation"),
+        ("task",),
+        ("batch", "queries", "targets", "implementation"),
         {
             "p50_us": ("call, us", ".0f"),
             "device_us": ("GPU alone, us", ".0f"),
@@ -89,16 +102,19 @@ SECTIONS = {
             "speedup": ("over published", ".2f x"),
             "status": ("status", "s"),
         },
+        typical=lambda row: row["targets"] == 20 and row["queries"] != 900,
     ),
     "attention": Section(
         ("ms_deform_attn",),
-        ("shape", "batch", "dtype", "spread", "implementation"),
+        ("dtype", "spread"),
+        ("shape", "batch", "implementation"),
         {
             "forward": ("forward, us", ".1f"),
             "backward": ("backward, us", ".1f"),
-            "forward+backward": ("both, us", ".1f"),
+            _BOTH_PASSES: ("both, us", ".1f"),
+            "ratio": ("both, over msdetr-fused", ".2f x"),
             "peak_memory_mb": ("peak memory, MiB", ".0f"),
-            "error": ("largest error", ".1e"),
+            "error": ("relative error", ".1e"),
             "status": ("status", "s"),
         },
         passes_in_columns,
@@ -109,36 +125,49 @@ SECTIONS = {
 def tables(section: Section, rows: Sequence[Row]) -> str:
     """Markdown of the section's rows: a table with a caption per device, versions and commit."""
     shown = section.prepare([row for row in rows if row.get("benchmark") in section.benchmarks])
-    groups = group_rows(shown, "device", "torch", "triton", "commit")
-    return "\n\n".join(f"{_caption(group)}\n\n{_table(section, group)}" for _, group in groups)
+    where = ("device", "torch", "triton", "commit")
+    groups = [group for _, group in group_rows(shown, *where, *section.apart)]
+    groups.sort(key=lambda group: section.benchmarks.index(group[0]["benchmark"]))
+    return "\n\n".join(_table(section, group) for group in groups)
 
 
-def _caption(rows: Sequence[Row]) -> str:
+def _table(section: Section, rows: Sequence[Row]) -> str:
+    """A caption, with the fields that all rows share, and the table."""
+    # Of a case that was measured twice, the later row.
+    rows = [same[-1] for _, same in group_rows(rows, *section.names)]
+    names = [
+        name
+        for name in section.names
+        if name == "implementation" or len({row[name] for row in rows}) > 1
+    ]
+    shared = [name for name in (*section.apart, *section.names) if name not in names]
+    columns = [
+        (name, title, spec)
+        for name, (title, spec) in section.columns.items()
+        if any(row.get(name) not in (None, "ok") for row in rows)
+    ]
+    lines = [
+        [*names, *(title for _, title, _ in columns)],
+        ["---"] * len(names) + ["---:"] * len(columns),
+    ]
+    for row in rows:
+        cells = [str(row[name]) for name in names]
+        lines.append(cells + [_cell(row.get(name), spec) for name, _, spec in columns])
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"{_caption(rows, shared)}\n\n{table}"
+
+
+def _caption(rows: Sequence[Row], shared: Sequence[str]) -> str:
     row = rows[0]
+    case = ", ".join(f"{name} {row[name]}" for name in shared)
     where = f"{row['device']}, torch {row['torch']}, Triton {row['triton'] or 'absent'}"
-    caption = f"{where}, commit {row['commit']}"
+    caption = f"**{case}**\n({where}, commit {row['commit']}"
     # Rows of earlier versions lack the clocks.
     clocks = [clock for row in rows if (clock := row.get("sm_clock_mhz")) is not None]
     if clocks:
         caption += f",\ndriver {row['driver']}, multiprocessors at {min(clocks)} to {max(clocks)} "
         caption += f"of {row['sm_clock_max_mhz']} MHz"
-    return f"{caption}:"
-
-
-def _table(section: Section, rows: Sequence[Row]) -> str:
-    columns = [
-        (name, title, spec)
-        for name, (title, spec) in section.columns.items()
-        if any(row.get(name) is not None for row in rows)
-    ]
-    lines = [
-        [*section.names, *(title for _, title, _ in columns)],
-        ["---"] * len(section.names) + ["---:"] * len(columns),
-    ]
-    for row in rows:
-        names = [str(row[name]) for name in section.names]
-        lines.append(names + [_cell(row.get(name), spec) for name, _, spec in columns])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"{caption}):"
 
 
 def _cell(value: Any, spec: str) -> str:
@@ -149,7 +178,7 @@ def _cell(value: Any, spec: str) -> str:
     if spec == "GiB":
         return f"{value / 2**10:.1f} GiB"
     number, _, unit = spec.partition(" ")
-    return f"{value:{number}} {unit}".rstrip()
+    return f"{value:{number}} {unit}".rstrip().replace("|", "\\|")
 
 
 def gpu_rows(folder: Path) -> list[Row]:
@@ -162,11 +191,13 @@ def gpu_rows(folder: Path) -> list[Row]:
 def fill(text: str, rows: Sequence[Row]) -> str:
     """The text of a document, with the tables of the rows."""
 
-    def section(match: re.Match[str]) -> str:
-        content = tables(SECTIONS[match[1]], rows) or NOTHING
+    def fill_section(match: re.Match[str]) -> str:
+        section = SECTIONS[match[1]]
+        shown = [row for row in rows if row.get("benchmark") in section.benchmarks]
+        content = tables(section, list(filter(section.typical, shown))) or NOTHING
         return f"<!-- rows: {match[1]} -->\n{content}\n{_END}"
 
-    return re.sub(rf"<!-- rows: (\w+) -->\n.*?{_END}", section, text, flags=re.DOTALL)
+    return re.sub(rf"<!-- rows: (\w+) -->\n.*?{_END}", fill_section, text, flags=re.DOTALL)
 
 
 def main(arguments: Sequence[str]) -> int:

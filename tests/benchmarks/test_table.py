@@ -11,7 +11,7 @@ import torch
 from benchmarks import common, table
 from benchmarks.attention import measure as attention
 from benchmarks.common import RESULTS, read_json, write_rows
-from benchmarks.table import DOCUMENTS, NOTHING, SECTIONS, main, tables
+from benchmarks.table import DOCUMENTS, NOTHING, SECTIONS, fill, main, tables
 
 PAGE = "before\n\n<!-- rows: {} -->\nold\nlines\n<!-- end of rows -->\n\nafter\n"
 
@@ -37,7 +37,9 @@ def test_documents_are_checked_and_written(
     write_rows(tmp_path / "train_step_cuda.json", read_json(RESULTS / "train_step_cpu.json"))
     assert main([*arguments, "--check"]) == 1
     assert main(arguments) == 0
-    assert "| ms-detr-r50-300 | 480 | 640 | float32 | 2 | eager | 0.264 |" in page.read_text()
+    text = page.read_text()
+    assert "preset ms-detr-r50-300, height 480, width 640, dtype float32, batch 2**" in text
+    assert "| eager | 0.264 |" in text
 
 
 def test_tables_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,15 +54,32 @@ def test_tables_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         device="cpu",
     )
     (rows,) = attention.measure(options, timer=lambda calls: [1e-3, 2e-3, 3e-3])
-    wrong = {**rows[-1], "implementation": "other", "p50_us": None, "status": "wrong: by far"}
-    text = tables(SECTIONS["attention"], [*rows, wrong])
-    assert "driver 580.1, multiprocessors at 1755 to 1755 of 1980 MHz:" in text
-    assert "| tiny | 2 | float32 | 0.0 | reference | 2000.0 | 2000.0 | 2000.0 |" in text
-    assert "| tiny | 2 | float32 | 0.0 | other | - | - | - |" in text
-    assert text.endswith("| wrong: by far |")
+    ours = [{**row, "implementation": "msdetr-fused", "p50_us": 800.0} for row in rows]
+    wrong = {**rows[-1], "implementation": "other", "p50_us": None, "status": "wrong: a|b"}
+    text = tables(SECTIONS["attention"], [*rows, *ours, wrong])
+    assert "**dtype float32, spread 0.0, shape tiny, batch 2**\n(" in text
+    assert "driver 580.1, multiprocessors at 1755 to 1755 of 1980 MHz):" in text
+    assert "\n| reference | 2000.0 | 2000.0 | 2000.0 | 2.50 x |" in text
+    assert "\n| msdetr-fused | 800.0 | 800.0 | 800.0 | 1.00 x |" in text
+    assert "\n| other | - | - | - | - |" in text
+    assert text.endswith("| wrong: a\\|b |")
+    other = [{**row, "spread": 1.0} for row in rows]
+    assert "status" not in (text := tables(SECTIONS["attention"], [*rows, *other]))
+    assert text.count("\n| reference | 2000.0 ") == text.count("spread") == 2
 
-    text = tables(SECTIONS["assignment"], read_json(RESULTS / "assignment_cpu.json")[:4])
-    assert "| one_to_many | 16 | 300 | 20 | chunked | " in text
+    cases = read_json(RESULTS / "assignment_cpu.json")[:4]
+    text = tables(SECTIONS["assignment"], cases)
+    assert "| 16 | chunked | " in text
+    # A case that was measured again.
+    assert tables(SECTIONS["assignment"], [{**cases[0], "p50_us": 1.0}, *cases]) == text
+
+
+def test_documents_show_typical_cases() -> None:
+    (row, *_) = read_json(RESULTS / "assignment_cpu.json")
+    page = PAGE.format("assignment")
+    assert (row["queries"], row["targets"]) == (300, 20)
+    text = fill(page, [row, {**row, "targets": 100}, {**row, "queries": 900}])
+    assert text == fill(page, [row]) != fill(page, [])
 
 
 def test_the_state_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
