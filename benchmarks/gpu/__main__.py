@@ -21,14 +21,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, help="time limit (default: of all steps)")
     parser.add_argument("--wheelhouse", type=Path, help="folder of `make wheelhouse`")
     parser.add_argument("--published", type=Path, help="checkout of the published code")
-    parser.add_argument("--only", nargs="+", metavar="STEP", help="run these steps alone")
+    names = [step.name for steps, _ in COMMANDS.values() for step in steps]
+    parser.add_argument("--only", nargs="+", choices=names, metavar="STEP", help="run these alone")
     parser.add_argument("--rehearse", action="store_true", help="small sizes, without a GPU")
     options = parser.parse_args()
     steps, seconds = COMMANDS[options.command]
-    names = [step.name for step in steps]
-    for name in options.only or ():
-        if name not in names:
-            parser.error(f"{name} is no step of {options.command}: {', '.join(names)}")
     with tempfile.TemporaryDirectory(prefix="msdetr-gpu-") as work:
         driver = Driver(
             options.command,

@@ -186,7 +186,7 @@ def test_spare_time_goes_to_steps_that_take_it(
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["run", "--only", "attenton"], 2, "attenton is no step of run: kernels, "),
+        (["run", "--only", "attenton"], 2, "invalid choice: 'attenton' (choose from "),
         (["run"], 1, "no GPU: RuntimeError: "),
     ],
 )
