@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import device_time
-from benchmarks.attention import measure as bench
+from benchmarks.attention import bench
+from benchmarks.attention import measure as measure_module
+from benchmarks.attention.bench import PASSES, TOLERANCES, relative_errors
 from benchmarks.attention.cases import (
     DTYPES,
     SHAPES,
@@ -27,15 +29,7 @@ from benchmarks.attention.cases import (
     sampling_locations,
 )
 from benchmarks.attention.implementations import IMPLEMENTATIONS, OURS, external_op
-from benchmarks.attention.measure import (
-    PASSES,
-    TOLERANCES,
-    Options,
-    main,
-    measure,
-    plan,
-    relative_errors,
-)
+from benchmarks.attention.measure import Options, main, measure, plan
 from benchmarks.device_time import percentiles_us, time_calls
 from msdetr.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
 
@@ -80,7 +74,7 @@ def test_reference_writes_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             row["gigabytes_per_second"] / row["copy_gigabytes_per_second"]
         )
     # An error of ours is an error of the run.
-    monkeypatch.setattr(bench, "OURS", ("reference",))
+    monkeypatch.setattr(measure_module, "OURS", ("reference",))
     monkeypatch.setitem(TOLERANCES, torch.float32, 0.0)
     assert main([*TINY, "--dtypes", "float32"]) == 1
 
