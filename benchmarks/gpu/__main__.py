@@ -37,9 +37,10 @@ def main() -> int:
         )
         if options.wheelhouse is not None:
             install(options.wheelhouse, driver.packages)
-        reason = None if options.rehearse else driver.why_no_gpu()
+        reason = None if options.rehearse else driver.why_nothing_runs()
         if reason is not None:
-            print(f"no GPU: {reason}\n`make gpu-rehearsal` runs the steps without one.")
+            print(f"nothing can run here: {reason}")
+            print("(`make gpu WHEELHOUSE=DIR` adds packages, `make gpu-rehearsal` needs no GPU)")
             return 1
         return driver.run([x for x in steps if not options.only or x.name in options.only])
 

@@ -78,9 +78,9 @@ class Driver:
             print("{step:<20}{seconds:>7.1f} of {limit:>4} s  {status}".format(**row))
         return int(any(row["status"].startswith(("failed", "stopped")) for row in rows))
 
-    def why_no_gpu(self) -> str | None:
-        """Why torch cannot compute on a GPU, or None."""
-        command = [sys.executable, "-c", "import torch; torch.cuda.init()"]
+    def why_nothing_runs(self) -> str | None:
+        """Why no benchmark can run here, or None: a package or a GPU is missing."""
+        command = [sys.executable, "-c", "import torch, tyro; torch.cuda.init()"]
         done = subprocess.run(command, env=self._environment(), capture_output=True, text=True)
         return done.stderr.strip().splitlines()[-1] if done.returncode else None
 

@@ -187,7 +187,7 @@ def test_spare_time_goes_to_steps_that_take_it(
     ("arguments", "status", "message"),
     [
         (["run", "--only", "attenton"], 2, "invalid choice: 'attenton' (choose from "),
-        (["run"], 1, "no GPU: RuntimeError: "),
+        (["run"], 1, "nothing can run here: RuntimeError: "),
     ],
 )
 def test_refusals(
