@@ -5,7 +5,7 @@ Candidates for each kernel are launched on this GPU, on the shapes of a detector
 candidate is the mean over offsets as at initialisation and spread offsets. A candidate whose result
 differs from that of the current configuration is left out. The gradient of `value` of an encoder is
 summed in windows or without them: the table gets the best configuration without windows, and then
-the best windows, or an empty configuration if those are slower. Likewise the decoder's, in lists.
+the best windows, or an empty configuration if those are slower. Then lists compete with these.
 """
 
 from __future__ import annotations
@@ -184,8 +184,8 @@ def _window_candidates(head_dim: int) -> list[Config]:
 def using(kernel: Kernel, config: Config) -> Iterator[None]:
     """Launch a kernel with a configuration, independent of the table."""
     entries: dict[str, dict[str, Any]] = {kernel: _entry(config)}
-    if kernel == "value":
-        entries |= {"windows": {}, "lists": {}}
+    if kernel in ("value", "windows"):
+        entries = {"windows": {}, "lists": {}} | entries
     with configs.override(entries):
         _forget_plans()
         yield
@@ -255,20 +255,18 @@ def tune(
             Case(shape_name, shape, batch, DTYPES[dtype], spread) for spread in options.spreads
         ]
         work = Work(cases, device)
-        direct: Config = None
+        chosen: dict[str, dict[str, Any]] = {}
         for kernel in options.kernels:
-            if kernel == ("lists" if queries == "grid" else "windows"):
+            if kernel == "windows" and queries != "grid":
                 continue
             if options.time_budget is not None and clock() - begin > options.time_budget:
                 print("time budget used up")
                 return
             choices = candidates(kernel, DTYPES[dtype], shape.head_dim, queries)
-            # Windows and lists compete with the direct configuration that was just chosen.
-            chosen = {"value": _entry(direct)} if direct is not None else {}
+            # Windows and lists compete with what was just chosen.
             with configs.override(chosen):
                 winner = fastest(kernel, choices, work, timer)
-            if kernel == "value":
-                direct = winner.config
+            chosen[kernel] = _entry(winner.config)
             yield {
                 "architecture": configs.architecture(),
                 "kernel": kernel,

@@ -73,6 +73,13 @@ def test_fixed_point_needs_lists(kernel_device, walk):
     assert walk.launches == 1
 
 
+def test_pixels_as_queries(kernel_device, walk):
+    """The table may select lists for them, too."""
+    with configs.override({"lists": {"rows": 8, "num_warps": 1}}):
+        check(random_call(kernel_device, queries=None, heads=1, shapes=LEVELS[1:]))
+    assert walk.launches == 1
+
+
 @pytest.mark.parametrize(("queries", "used"), [(5555, True), (5556, False), (22223, False)])
 def test_are_used_where_they_take_less_memory(queries, used, monkeypatch):
     shapes = ((100, 167), (50, 84), (25, 42), (13, 21))

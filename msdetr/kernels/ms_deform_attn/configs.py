@@ -87,7 +87,7 @@ def tile_config(
         is_grid: whether the queries are the pixels of the levels.
         need_reference: whether `points_kernel` also computes the gradient of reference points.
     """
-    queries = "grid" if is_grid else "few" if num_rows < FEW_ROWS else "many"
+    queries = _kind_of(num_rows, is_grid)
     row = _lookup(kernel, dtype, head_dim, queries)
     if row is not None:
         return DirectConfig(**row)
@@ -115,12 +115,14 @@ def value_config(
     Args:
         num_points: P.
         can_window: whether window sums support the call.
-        can_list: whether lists take less memory than a buffer of sums.
+        can_list: whether the memory of lists is acceptable.
     """
-    if can_list and not is_grid:
-        row = _lookup("lists", dtype, head_dim, "few" if num_rows < FEW_ROWS else "many")
-        if row is None or row:
-            return ListConfig(**row) if row else default_lists(head_dim)
+    if can_list:
+        row = _lookup("lists", dtype, head_dim, _kind_of(num_rows, is_grid))
+        if row:
+            return ListConfig(**row)
+        if row is None and not is_grid:
+            return default_lists(head_dim)
     # Up to four points, so that a level is one group. Heads must fill the tiles of tensor cores and
     # leave registers for the window.
     fits = num_points <= 4 and 16 <= head_dim <= 64 and head_dim % 16 == 0
@@ -192,6 +194,10 @@ def architecture() -> str:
         return "other"
     major, minor = torch.cuda.get_device_capability()
     return f"sm_{major}{minor}"
+
+
+def _kind_of(num_rows: int, is_grid: bool) -> str:
+    return "grid" if is_grid else "few" if num_rows < FEW_ROWS else "many"
 
 
 def _lookup(kernel: str, dtype: torch.dtype, head_dim: int, queries: str) -> dict[str, Any] | None:

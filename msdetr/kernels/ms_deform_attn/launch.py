@@ -237,7 +237,7 @@ def backward_value(
             is_grid=queries == tokens,
             can_window=sizes.R > 0 and not sizes.WIDE,
             # Four entries of 8 bytes per sample, against 4 bytes per element.
-            can_list=8 * queries * sizes.L * sizes.P <= tokens * head_dim,
+            can_list=queries == tokens or 8 * queries * sizes.L * sizes.P <= tokens * head_dim,
         )
     if isinstance(config, ListConfig):
         scale = _fixed_point_scale(grad_output, points) if deterministic else None
