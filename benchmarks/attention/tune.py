@@ -187,15 +187,7 @@ def using(kernel: Kernel, config: Config) -> Iterator[None]:
     if kernel in ("value", "windows"):
         entries = {"windows": {}, "lists": {}} | entries
     with configs.override(entries):
-        _forget_plans()
         yield
-    _forget_plans()
-
-
-def _forget_plans() -> None:
-    for function in vars(launchers).values():
-        if hasattr(function, "cache_clear"):
-            function.cache_clear()
 
 
 def _entry(config: Config) -> dict[str, Any]:
@@ -287,7 +279,6 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
     table |= {_key(row): row for row in rows}
     write_rows(path, [table[key] for key in sorted(table)])
     configs.forget()
-    _forget_plans()
 
 
 def _key(row: Row) -> tuple[Any, ...]:

@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 
@@ -25,6 +25,11 @@ FEW_ROWS = 64 * 1024
 there are enough programs."""
 
 Kernel = Literal["forward", "points", "value"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_forget: list[Callable[[], None]] = []
 
 _overrides: dict[str, dict[str, Any]] = {}
 """Configurations that override the table. "windows" is a kernel name, as in the table."""
@@ -67,7 +72,6 @@ class ListConfig:
     num_warps: int
 
 
-@functools.lru_cache(maxsize=512)
 def tile_config(
     kernel: Kernel,
     dtype: torch.dtype,
@@ -99,7 +103,6 @@ def tile_config(
     return config
 
 
-@functools.lru_cache(maxsize=512)
 def value_config(
     dtype: torch.dtype,
     head_dim: int,
@@ -166,10 +169,7 @@ def default_config(kernel: Kernel, dtype: torch.dtype, head_dim: int, queries: s
 
 @contextlib.contextmanager
 def override(configs: Mapping[str, dict[str, Any]]) -> Iterator[None]:
-    """Override the configurations of kernels, given as in the rows of the table.
-
-    Launchers that cache plans must clear their caches before and after.
-    """
+    """Override the configurations of kernels, given as in the rows of the table."""
     before = dict(_overrides)
     _overrides.update(configs)
     forget()
@@ -181,11 +181,18 @@ def override(configs: Mapping[str, dict[str, Any]]) -> Iterator[None]:
         forget()
 
 
+def cached(function: Callable[P, T]) -> Callable[P, T]:
+    """Cache the results of a function of hashable arguments, until configurations change."""
+    wrapped = functools.lru_cache(maxsize=1024)(function)
+    _forget.append(wrapped.cache_clear)
+    return wrapped  # type: ignore[return-value]  # a wrapper has no signature
+
+
 def forget() -> None:
-    """Clear cached configurations, and read the table again."""
+    """Clear all that depends on configurations, and read the table again."""
     _table.cache_clear()
-    tile_config.cache_clear()
-    value_config.cache_clear()
+    for clear in _forget:
+        clear()
 
 
 def architecture() -> str:
