@@ -5,7 +5,7 @@ Candidates for each kernel are launched on this GPU, on the shapes of a detector
 candidate is the mean over offsets as at initialisation and spread offsets. A candidate whose result
 differs from that of the current configuration is left out. The gradient of `value` of an encoder is
 summed in windows or without them: the table gets the best configuration without windows, and then
-the best windows, or an empty configuration if those are slower. Likewise the decoder's, in lists.
+the best windows, or an empty configuration if those are slower. Then lists compete with these.
 """
 
 from __future__ import annotations
@@ -184,18 +184,10 @@ def _window_candidates(head_dim: int) -> list[Config]:
 def using(kernel: Kernel, config: Config) -> Iterator[None]:
     """Launch a kernel with a configuration, independent of the table."""
     entries: dict[str, dict[str, Any]] = {kernel: _entry(config)}
-    if kernel == "value":
-        entries |= {"windows": {}, "lists": {}}
+    if kernel in ("value", "windows"):
+        entries = {"windows": {}, "lists": {}} | entries
     with configs.override(entries):
-        _forget_plans()
         yield
-    _forget_plans()
-
-
-def _forget_plans() -> None:
-    for function in vars(launchers).values():
-        if hasattr(function, "cache_clear"):
-            function.cache_clear()
 
 
 def _entry(config: Config) -> dict[str, Any]:
@@ -255,20 +247,18 @@ def tune(
             Case(shape_name, shape, batch, DTYPES[dtype], spread) for spread in options.spreads
         ]
         work = Work(cases, device)
-        direct: Config = None
+        chosen: dict[str, dict[str, Any]] = {}
         for kernel in options.kernels:
-            if kernel == ("lists" if queries == "grid" else "windows"):
+            if kernel == "windows" and queries != "grid":
                 continue
             if options.time_budget is not None and clock() - begin > options.time_budget:
                 print("time budget used up")
                 return
             choices = candidates(kernel, DTYPES[dtype], shape.head_dim, queries)
-            # Windows and lists compete with the direct configuration that was just chosen.
-            chosen = {"value": _entry(direct)} if direct is not None else {}
+            # Windows and lists compete with what was just chosen.
             with configs.override(chosen):
                 winner = fastest(kernel, choices, work, timer)
-            if kernel == "value":
-                direct = winner.config
+            chosen[kernel] = _entry(winner.config)
             yield {
                 "architecture": configs.architecture(),
                 "kernel": kernel,
@@ -289,7 +279,6 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
     table |= {_key(row): row for row in rows}
     write_rows(path, [table[key] for key in sorted(table)])
     configs.forget()
-    _forget_plans()
 
 
 def _key(row: Row) -> tuple[Any, ...]:

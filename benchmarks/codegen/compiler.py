@@ -79,7 +79,6 @@ def compile_launches(launch: Callable[[], None], architecture: Architecture) -> 
     from triton.runtime import JITFunction, driver
 
     from msdetr.kernels.ms_deform_attn import configs
-    from msdetr.kernels.ms_deform_attn import launch as launchers
 
     codes = []
     run = JITFunction.run
@@ -104,7 +103,6 @@ def compile_launches(launch: Callable[[], None], architecture: Architecture) -> 
     knobs.compilation.disable_line_info = False  # names the functions of loads
     # Drop configurations chosen for another architecture.
     configs.forget()
-    launchers.plan_direct.cache_clear()
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(configs, "architecture", return_value=architecture),

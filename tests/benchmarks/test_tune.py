@@ -210,7 +210,7 @@ def test_rows_of_a_run(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = Options(queries=("grid", "few"), dtypes=("bfloat16",))
     rows = list(tune.tune(options, DEVICE, lambda calls: [1.0]))
     assert [(row["kernel"], row["queries"]) for row in rows] == [
-        *((kernel, "grid") for kernel in ("forward", "points", "value", "windows")),
+        *((kernel, "grid") for kernel in ("forward", "points", "value", "windows", "lists")),
         *((kernel, "few") for kernel in ("forward", "points", "value", "lists")),
     ]
     assert (rows[2]["config"], rows[3]["config"]) == (dataclasses.asdict(direct(32)), {})

@@ -20,6 +20,12 @@ from ptx import dtype_of
 from scenes import Scene, random_scene
 
 from msdetr.kernels.ms_deform_attn import configs
+from msdetr.kernels.ms_deform_attn.launch import (
+    forward_kernel,
+    link_kernel,
+    points_kernel,
+    walk_kernel,
+)
 
 pytest.importorskip("triton")
 
@@ -153,3 +159,21 @@ def test_every_kernel_has_a_case():
     kernels = {function.name for function in compiled} - called
     covered = {name for case in CASES for name, _ in case.launches(torch.float32)}
     assert kernels == covered
+
+
+@pytest.mark.compiled
+def test_image_sizes_share_compiled_code(kernel_device):
+    """Otherwise training with many image sizes would compile in the middle of a run."""
+    kernels = (forward_kernel, points_kernel, link_kernel, walk_kernel)
+
+    def run(*shapes: tuple[int, int], queries: int) -> list[int]:
+        attention.random_call(
+            kernel_device, shapes=shapes, queries=queries, head_dim=16, reference_dim=4
+        ).run("triton")
+        return [
+            len(compiled) for kernel in kernels for compiled, *_ in kernel.device_caches.values()
+        ]
+
+    compiled = run((5, 7), (3, 4), queries=3)
+    assert run((6, 10), (3, 5), queries=16) == compiled
+    assert run((4, 4), (1, 1), queries=1) == compiled

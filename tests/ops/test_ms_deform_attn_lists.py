@@ -15,6 +15,7 @@ from ops.test_ms_deform_attn_kernel import (
 )
 
 kernels = pytest.importorskip("msdetr.kernels.ms_deform_attn.launch")
+count_list_programs = pytest.importorskip("msdetr.kernels.ms_deform_attn.plan").count_list_programs
 configs = pytest.importorskip("msdetr.kernels.ms_deform_attn.configs")
 
 
@@ -73,6 +74,13 @@ def test_fixed_point_needs_lists(kernel_device, walk):
     assert walk.launches == 1
 
 
+def test_pixels_as_queries(kernel_device, walk):
+    """The table may select lists for them, too."""
+    with configs.override({"lists": {"rows": 8, "num_warps": 1}}):
+        check(random_call(kernel_device, queries=None, heads=1, shapes=LEVELS[1:]))
+    assert walk.launches == 1
+
+
 @pytest.mark.parametrize(("queries", "used"), [(5555, True), (5556, False), (22223, False)])
 def test_are_used_where_they_take_less_memory(queries, used, monkeypatch):
     shapes = ((100, 167), (50, 84), (25, 42), (13, 21))
@@ -97,8 +105,8 @@ def test_are_used_where_they_take_less_memory(queries, used, monkeypatch):
 
 def test_coarse_levels_have_eight_lists():
     shapes = ((7, 8), (2, 4))  # 8 of 64 pixels
-    assert kernels.count_list_programs(shapes, 1, 16) == 4 + 4
-    assert kernels.count_list_programs(((7, 9), (3, 4)), 1, 16) == 4 + 1
+    assert count_list_programs(shapes, 1, 16) == 4 + 4
+    assert count_list_programs(((7, 9), (3, 4)), 1, 16) == 4 + 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])

@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from msdetr.kernels.ms_deform_attn.launch import as_constants
+from msdetr.kernels.ms_deform_attn.plan import as_constants
 from msdetr.kernels.ms_deform_attn.sampling import (
     Level,
     Rows,

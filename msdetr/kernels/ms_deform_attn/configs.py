@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 
@@ -25,6 +25,11 @@ FEW_ROWS = 64 * 1024
 there are enough programs."""
 
 Kernel = Literal["forward", "points", "value"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_forget: list[Callable[[], None]] = []
 
 _overrides: dict[str, dict[str, Any]] = {}
 """Configurations that override the table. "windows" is a kernel name, as in the table."""
@@ -67,7 +72,6 @@ class ListConfig:
     num_warps: int
 
 
-@functools.lru_cache(maxsize=512)
 def tile_config(
     kernel: Kernel,
     dtype: torch.dtype,
@@ -87,7 +91,7 @@ def tile_config(
         is_grid: whether the queries are the pixels of the levels.
         need_reference: whether `points_kernel` also computes the gradient of reference points.
     """
-    queries = "grid" if is_grid else "few" if num_rows < FEW_ROWS else "many"
+    queries = _kind_of(num_rows, is_grid)
     row = _lookup(kernel, dtype, head_dim, queries)
     if row is not None:
         return DirectConfig(**row)
@@ -99,7 +103,6 @@ def tile_config(
     return config
 
 
-@functools.lru_cache(maxsize=512)
 def value_config(
     dtype: torch.dtype,
     head_dim: int,
@@ -115,12 +118,14 @@ def value_config(
     Args:
         num_points: P.
         can_window: whether window sums support the call.
-        can_list: whether lists take less memory than a buffer of sums.
+        can_list: whether the memory of lists is acceptable.
     """
-    if can_list and not is_grid:
-        row = _lookup("lists", dtype, head_dim, "few" if num_rows < FEW_ROWS else "many")
-        if row is None or row:
-            return ListConfig(**row) if row else default_lists(head_dim)
+    if can_list:
+        row = _lookup("lists", dtype, head_dim, _kind_of(num_rows, is_grid))
+        if row:
+            return ListConfig(**row)
+        if row is None and not is_grid:
+            return default_lists(head_dim)
     # Up to four points, so that a level is one group. Heads must fill the tiles of tensor cores and
     # leave registers for the window.
     fits = num_points <= 4 and 16 <= head_dim <= 64 and head_dim % 16 == 0
@@ -164,10 +169,7 @@ def default_config(kernel: Kernel, dtype: torch.dtype, head_dim: int, queries: s
 
 @contextlib.contextmanager
 def override(configs: Mapping[str, dict[str, Any]]) -> Iterator[None]:
-    """Override the configurations of kernels, given as in the rows of the table.
-
-    Launchers that cache plans must clear their caches before and after.
-    """
+    """Override the configurations of kernels, given as in the rows of the table."""
     before = dict(_overrides)
     _overrides.update(configs)
     forget()
@@ -179,11 +181,18 @@ def override(configs: Mapping[str, dict[str, Any]]) -> Iterator[None]:
         forget()
 
 
+def cached(function: Callable[P, T]) -> Callable[P, T]:
+    """Cache the results of a function of hashable arguments, until configurations change."""
+    wrapped = functools.lru_cache(maxsize=1024)(function)
+    _forget.append(wrapped.cache_clear)
+    return wrapped  # type: ignore[return-value]  # a wrapper has no signature
+
+
 def forget() -> None:
-    """Clear cached configurations, and read the table again."""
+    """Clear all that depends on configurations, and read the table again."""
     _table.cache_clear()
-    tile_config.cache_clear()
-    value_config.cache_clear()
+    for clear in _forget:
+        clear()
 
 
 def architecture() -> str:
@@ -192,6 +201,10 @@ def architecture() -> str:
         return "other"
     major, minor = torch.cuda.get_device_capability()
     return f"sm_{major}{minor}"
+
+
+def _kind_of(num_rows: int, is_grid: bool) -> str:
+    return "grid" if is_grid else "few" if num_rows < FEW_ROWS else "many"
 
 
 def _lookup(kernel: str, dtype: torch.dtype, head_dim: int, queries: str) -> dict[str, Any] | None:
