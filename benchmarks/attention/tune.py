@@ -14,7 +14,7 @@ import functools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -69,7 +69,7 @@ class Options:
     repetitions: int = 10
     """Durations taken of each candidate."""
     time_budget: float | None = None
-    """Seconds after which no further kernel begins."""
+    """Seconds in all. Each kernel gets its share, and at least two candidates are measured."""
     table: Path = configs.TABLE
     """The table. Its rows for other cases are kept."""
 
@@ -153,7 +153,7 @@ def candidates(kernel: Kernel, dtype: torch.dtype, head_dim: int, queries: Queri
         return _window_candidates(head_dim)
     if kernel == "lists":
         others = (ListConfig(rows, num_warps) for rows, num_warps in ((8, 1), (32, 1), (64, 4)))
-        return list(dict.fromkeys([configs.default_lists(head_dim), *others, None]))
+        return list(dict.fromkeys([configs.default_lists(head_dim), None, *others]))
     choices = [configs.default_config(kernel, dtype, head_dim, queries)]
     # Channels per load or addition of 16 bytes; a thread gets one or two of them per sample.
     vector = 4 if kernel == "value" else 16 // dtype.itemsize
@@ -194,7 +194,7 @@ def _entry(config: Config) -> dict[str, Any]:
     return {} if config is None else asdict(config)
 
 
-def fastest(kernel: Kernel, choices: Sequence[Config], work: Work, timer: Timer) -> Winner:
+def fastest(kernel: Kernel, choices: Iterable[Config], work: Work, timer: Timer) -> Winner:
     """The fastest of `choices` with the result of the current configuration.
 
     Raises:
@@ -240,6 +240,7 @@ def tune(
     """A row of the table per kernel, queries and type."""
     begin = clock()
     where = environment(device)
+    num_left = len(options.dtypes) * sum(len(_kernels(options, x)) for x in options.queries)
     for queries, dtype in product(options.queries, options.dtypes):
         shape_name, batch = _WORK[queries]
         shape = SHAPES[shape_name]
@@ -248,13 +249,16 @@ def tune(
         ]
         work = Work(cases, device)
         chosen: dict[str, dict[str, Any]] = {}
-        for kernel in options.kernels:
-            if kernel == "windows" and queries != "grid":
-                continue
-            if options.time_budget is not None and clock() - begin > options.time_budget:
-                print("time budget used up")
-                return
+        for kernel in _kernels(options, queries):
+            choices: Iterable[Config]
             choices = candidates(kernel, DTYPES[dtype], shape.head_dim, queries)
+            if options.time_budget is not None:
+                left = begin + options.time_budget - clock()
+                if left < 0:
+                    print("time budget used up")
+                    return
+                choices = _within_share(choices, left / num_left, clock)
+            num_left -= 1
             # Windows and lists compete with what was just chosen.
             with configs.override(chosen):
                 winner = fastest(kernel, choices, work, timer)
@@ -270,6 +274,23 @@ def tune(
                 "device": where["device"],
                 "triton": where["triton"],
             }
+
+
+def _kernels(options: Options, queries: Queries) -> list[Kernel]:
+    """The kernels to tune that serve these queries."""
+    return [kernel for kernel in options.kernels if kernel != "windows" or queries == "grid"]
+
+
+def _within_share(
+    choices: Sequence[Config], seconds: float, clock: Callable[[], float]
+) -> Iterator[Config]:
+    """The first two choices, and others while there is time."""
+    end = clock() + seconds
+    for place, choice in enumerate(choices):
+        if place >= 2 and clock() > end:
+            print(f"  no time for {len(choices) - place} of {len(choices)}", flush=True)
+            return
+        yield choice
 
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:

@@ -129,7 +129,8 @@ MORE = (
     Step(
         "tune",
         65,
-        "-m benchmarks.attention tune --dtypes bfloat16 --time-budget {budget} "
+        "-m benchmarks.attention tune --dtypes bfloat16 --queries few grid "
+        "--kernels value lists windows --time-budget {budget} "
         "--table {out}/ms_deform_attn_configs.json",
         "--help",
         ("ms_deform_attn_configs.json",),

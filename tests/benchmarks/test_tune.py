@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -217,6 +218,36 @@ def test_rows_of_a_run(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows[3].keys() == ROW.keys()
     # Windows and lists compete with the direct configuration that was just chosen.
     assert used["windows"] == used["lists"] == direct(32) != used["value"]
+
+
+def test_each_kernel_gets_its_share_of_the_time(
+    table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tune, "_WORK", dict.fromkeys(("grid", "few"), ("tiny", 1)))
+    monkeypatch.setattr(tune, "candidates", lambda *_: [direct(size) for size in (16, 32, 64, 128)])
+    now = 0.0
+    measured: list[str] = []
+
+    def pretended(kernel: str, choices: Any, work: Work, timer: Any) -> tune.Winner:
+        nonlocal now
+        for config in choices:
+            now += 10.0
+            measured.append(kernel)
+            winner = tune.Winner(config, 1e-3)
+        return winner
+
+    monkeypatch.setattr(tune, "fastest", pretended)
+    options = Options(
+        queries=("few", "grid"),
+        kernels=("value", "lists", "windows"),
+        dtypes=("bfloat16",),
+        time_budget=110.0,
+    )
+    assert len(list(tune.tune(options, DEVICE, lambda calls: [1.0], clock=lambda: now))) == 5
+    # Of 110 s, 22 are for the first. A candidate that has begun ends, and two are measured anyway.
+    groups = [(kernel, len(list(same))) for kernel, same in itertools.groupby(measured)]
+    assert groups == [("value", 3), ("lists", 3), ("value", 2), ("lists", 2), ("windows", 2)]
+    assert "no time for 1 of 4" in capsys.readouterr().out
 
 
 @pytest.mark.gpu
