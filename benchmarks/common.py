@@ -75,6 +75,11 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     partial.replace(path)
 
 
+def failure(error: Exception) -> str:
+    """The status of an implementation that raised an error: its first line."""
+    return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def collect_rows(batches: Iterable[Sequence[Row]], output: Path | None) -> list[Row]:
     """All rows of the batches, written to `output` after each batch."""
     rows: list[Row] = []

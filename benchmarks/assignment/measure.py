@@ -5,11 +5,11 @@ encoder's anchors, by all `implementations`. Half of the predictions lie near a 
 `published` restates the published algorithm (`published`).
 
 Before an implementation is timed, its assignment of two images is compared with the reference's
-(`comparison`): the same number of queries per target, and the same scores or total cost. A wrong
-one is reported and not timed. Then implementations take turns call by call, so that other load on
-the machine affects all of them; `speedup` is over `published` in the same run. A duration is from
-the call to its end on the device. `device_us`, on a GPU, is the device's share of it, where a call
-can be captured.
+(`comparison`): the same number of queries per target, and the same scores or total cost. One that
+is wrong or fails is reported and not timed. Then implementations take turns call by call, so that
+other load on the machine affects all of them; `speedup` is over `published` in the same run. A
+duration is from the call to its end on the device. `device_us`, on a GPU, is the device's share of
+it, where a call can be captured.
 
 `launches` are kernels, fills and copies, on a CPU as in `benchmarks.launches`. `host_waits` are
 reads and blocking copies, counted by torch on a GPU, and on a CPU as in `benchmarks.pretended`.
@@ -38,7 +38,7 @@ from benchmarks.assignment.implementations import (
     Implementation,
 )
 from benchmarks.cli import choose_available, require_at_least, require_known, within_budget
-from benchmarks.common import Row, collect_rows, environment, print_table
+from benchmarks.common import Row, collect_rows, environment, failure, print_table
 from benchmarks.device_time import Call, graph_seconds, percentiles_us, work_on
 from benchmarks.launches import device_work, host_waits
 from benchmarks.pretended import pretended_device, pretending
@@ -193,8 +193,11 @@ def find_status(
         if needed > memory:
             status[implementation.name] = f"left out: needs about {needed:.1f} GiB"
             continue
-        wrong = find_difference(implementation.runs[case.task](small), small)
-        status[implementation.name] = "ok" if wrong is None else f"wrong: {wrong}"
+        try:
+            wrong = find_difference(implementation.runs[case.task](small), small)
+            status[implementation.name] = "ok" if wrong is None else f"wrong: {wrong}"
+        except Exception as error:  # of any kind: the others still run
+            status[implementation.name] = failure(error)
     return status
 
 
@@ -275,12 +278,12 @@ def measure(
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure, print and write; the exit status is 1 if a result is wrong or `--check` fails."""
+    """Measure, print and write; the exit status is 1 if one is wrong or failed, or is slow."""
     with user_errors():
         options = parse_options(Options, arguments, prog="python -m benchmarks.assignment")
         rows = collect_rows(measure(options), options.output)
     print_table(rows, _COLUMNS)
-    failed = [row for row in rows if row["status"].startswith("wrong")]
+    failed = [row for row in rows if row["status"].startswith(("wrong", "failed"))]
     if options.check:
         slow = [
             row

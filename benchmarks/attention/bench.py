@@ -21,7 +21,7 @@ from benchmarks.attention.implementations import (
     Run,
     external_op,
 )
-from benchmarks.common import Row, environment
+from benchmarks.common import Row, environment, failure
 from benchmarks.device_time import (
     Call,
     Timer,
@@ -124,8 +124,7 @@ class Bench:
                 return [_empty_row(common, f"wrong: {reasons}")]
             return self._measured_rows(case, implementation, run, common)
         except Exception as error:  # of any kind, as it may be a peer's: the others still run
-            reason = (str(error).splitlines() or [""])[0]
-            return [_empty_row(common, f"failed: {type(error).__name__}: {reason}")]
+            return [_empty_row(common, failure(error))]
 
     def _measured_rows(
         self, case: Case, implementation: Implementation, run: Run, common: Row

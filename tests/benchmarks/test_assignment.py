@@ -172,8 +172,18 @@ def test_a_wrong_implementation_is_not_timed(
 
     wrong = Implementation(name="scipy", one_to_one=first_queries)
     monkeypatch.setitem(IMPLEMENTATIONS, "scipy", wrong)
-    assert main([*TINY, "--tasks", "encoder", "--implementations", "scipy"]) == 1
+    arguments = [*TINY, "--tasks", "encoder", "--implementations", "scipy", "published"]
+    assert main(arguments) == 1
     assert "wrong: values differ" in capsys.readouterr().out
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("no kernel\nfor this")
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "scipy", Implementation(name="scipy", one_to_one=fails))
+    assert main(arguments) == 1
+    printed = capsys.readouterr().out
+    assert "failed: RuntimeError: no kernel\n" in printed
+    assert "ok\n" in printed
 
 
 @pytest.mark.gpu
