@@ -64,7 +64,8 @@ gpu-rehearsal:  ## both without a GPU, at small sizes, in a few minutes
 	@failed=0; for part in run more; do $(GPU) $$part --rehearse $(GPU_FLAGS) || failed=1; done; \
 	exit $$failed
 
-wheelhouse: $(VENV)/.installed-dev  ## download what a GPU machine without a network lacks
+wheelhouse: | $(VENV)/bin/python  ## download what a GPU machine without a network lacks
+	$(PIP) packaging
 	@$(BIN)/python -m benchmarks.gpu.wheelhouse $(or $(WHEELHOUSE),wheelhouse)
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
