@@ -53,7 +53,9 @@ def passes_in_columns(rows: Sequence[Row]) -> list[Row]:
             medians["ratio"] = theirs and ours and theirs / ours
             errors = [passes[0][f"{name}_error"] for name in ("output", "value", "projection")]
             known = [error for error in errors if error is not None]
-            merged.append({**passes[0], **medians, "error": max(known, default=None)})
+            version = passes[0]["implementation_version"]
+            titled = {"implementation": f"{name} {version}" if version else name}
+            merged.append({**passes[0], **medians, **titled, "error": max(known, default=None)})
     return merged
 
 

@@ -55,13 +55,14 @@ def test_tables_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     (rows,) = attention.measure(options, timer=lambda calls: [1e-3, 2e-3, 3e-3])
     ours = [{**row, "implementation": "msdetr-fused", "p50_us": 800.0} for row in rows]
-    wrong = {**rows[-1], "implementation": "other", "p50_us": None, "status": "wrong: a|b"}
+    wrong = {**rows[-1], "implementation": "other", "implementation_version": "1.2"}
+    wrong |= {"p50_us": None, "status": "wrong: a|b"}
     text = tables(SECTIONS["attention"], [*rows, *ours, wrong])
     assert "**dtype float32, spread 0.0, shape tiny, batch 2**\n(" in text
     assert "driver 580.1, multiprocessors at 1755 to 1755 of 1980 MHz):" in text
     assert "\n| reference | 2000.0 | 2000.0 | 2000.0 | 2.50 x |" in text
     assert "\n| msdetr-fused | 800.0 | 800.0 | 800.0 | 1.00 x |" in text
-    assert "\n| other | - | - | - | - |" in text
+    assert "\n| other 1.2 | - | - | - | - |" in text
     assert text.endswith("| wrong: a\\|b |")
     other = [{**row, "spread": 1.0} for row in rows]
     assert "status" not in (text := tables(SECTIONS["attention"], [*rows, *other]))
