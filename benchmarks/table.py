@@ -51,7 +51,7 @@ def passes_in_columns(rows: Sequence[Row]) -> list[Row]:
             medians = {row["pass"]: row["p50_us"] for row in passes}
             theirs = whole.get(name)
             medians["ratio"] = theirs and ours and theirs / ours
-            errors = [passes[0][f"{name}_error"] for name in ("output", "value", "projection")]
+            errors = [passes[0][f"{of}_error"] for of in ("output", "value", "projection")]
             known = [error for error in errors if error is not None]
             version = passes[0]["implementation_version"]
             titled = {"implementation": f"{name} {version}" if version else name}
