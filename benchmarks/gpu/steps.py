@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _KERNELS = "tests/ops/test_ms_deform_attn_kernel.py"
+_LISTS = "tests/ops/test_ms_deform_attn_lists.py"
 _LIBRARY = "tests/ops/test_ms_deform_attn_library.py"
 _ASSIGNMENT = "tests/ops/test_assignment_kernels.py"
 _FOCAL_LOSS = "tests/ops/test_focal_loss.py"
@@ -63,8 +64,9 @@ RUN = (
     Step(
         "kernels",
         40,
-        f"{_TESTS} {_KERNELS}::TestPixelsAsQueries {_KERNELS}::TestAccuracy {_LIBRARY}::TestGpu "
-        f"{_FOCAL_LOSS}::TestGpu {_ASSIGNMENT}::TestOneToMany::test_sizes_of_training "
+        f"{_TESTS} {_KERNELS}::TestPixelsAsQueries {_KERNELS}::TestAccuracy {_LISTS} "
+        f"{_LIBRARY}::TestGpu {_FOCAL_LOSS}::TestGpu "
+        f"{_ASSIGNMENT}::TestOneToMany::test_sizes_of_training "
         f"{_ASSIGNMENT}::TestLinearAssignment::test_thousands_of_problems",
         _COLLECT,
     ),
@@ -122,7 +124,12 @@ RUN = (
         ("assignment_cuda.json",),
         reserve=10,
     ),
-    Step("tests", 25, f"{_TESTS} {_FOCAL_LOSS} {_ASSIGNMENT} {_LIBRARY} {_KERNELS}", _COLLECT),
+    Step(
+        "tests",
+        25,
+        f"{_TESTS} {_FOCAL_LOSS} {_ASSIGNMENT} {_LIBRARY} {_LISTS} {_KERNELS}",
+        _COLLECT,
+    ),
 )
 
 MORE = (

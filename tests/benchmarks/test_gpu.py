@@ -162,16 +162,16 @@ def test_a_step_that_exceeds_its_time_ends_with_its_children(
             f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
             "try: time.sleep(60)\n"
             "except KeyboardInterrupt: print('interrupted', flush=True)",
-            seconds=5,
+            seconds=12,
         ),
         script("print('next')"),
-        seconds=10,
+        seconds=17,
         status=1,
     )
     with (tmp_path / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
     assert time.monotonic() - begin < 30
-    assert [row["status"] for row in rows[:2]] == ["stopped after 5 s", "ok"]
+    assert [row["status"] for row in rows[:2]] == ["stopped after 12 s", "ok"]
     assert "\ninterrupted\n" in (tmp_path / "gpu_run.log").read_text()
 
 
