@@ -200,6 +200,15 @@ class TestLinearAssignment:
         cost = cost + 0.01 * torch.rand(2, 24, 20)
         check_assignment(cost, torch.tensor([20, 11]), kernel_device, unique=True)
 
+    def test_long_path_through_several_warps(self, kernel_device):
+        """The last target wants another's query, and each of ten targets yields to the next."""
+        cost = torch.rand(1, 300, 120) + 2.0
+        cost[0, range(119), range(119)] = 0.0
+        chain = torch.randperm(119)[:10]
+        cost[0, [*chain[1:], 200], chain] = 0.1
+        cost[0, chain[0], 119] = -1.0
+        check_assignment(cost, torch.tensor([120]), kernel_device, unique=True)
+
     @pytest.mark.parametrize(("queries", "slots"), [(7, 4), (4, 7), (5, 5), (3, 0)])
     @pytest.mark.parametrize("has_labels", [True, False])
     def test_classes_of_queries(self, kernel_device, queries, slots, has_labels):
