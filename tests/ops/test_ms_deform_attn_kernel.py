@@ -349,6 +349,7 @@ class TestPixelsAsQueries:
         "sizes",
         [
             {"shapes": ((11, 13),), "points": 1},
+            {"shapes": ((2, 20),), "points": 2, "batch": 2},
             {"shapes": ((3, 5), (6, 10)), "points": 2, "head_dim": 32},  # not a pyramid
             {"shapes": ((9, 5), (4, 4), (3, 3), (1, 2), (2, 1)), "points": 3},
         ],
