@@ -98,7 +98,7 @@ class Rows(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """A sample of each point of a group, per row: tuples of [ROWS]."""
+    """The samples of GROUP points of each row. A field is a tuple, by point, of [ROWS]."""
 
     x: Any  # pixels, clamped just outside of the map
     y: Any
