@@ -128,6 +128,15 @@ class TestMatchingCost:
         scene = moved(random_scene((0, 0), empty_slots=0), kernel_device)
         assert matching_cost(*scene, **COSTS, impl="triton").shape == (2, 2, 12, 0)
 
+    def test_classes_out_of_range_count_as_the_nearest(self, kernel_device):
+        """Nothing beyond the logits of a query is read."""
+        scene = moved(random_scene((3, 2)), kernel_device)
+        costs = []
+        for first, second in ((-1, 10**6), (0, scene.logits.shape[-1] - 1)):
+            scene.targets.labels[0, :2] = torch.tensor([first, second])
+            costs.append(matching_cost(*scene, **COSTS, impl="triton"))
+        assert torch.equal(*costs)
+
     def test_float64_is_refused(self, kernel_device):
         scene = moved(random_scene((3, 2), dtype=torch.float64), kernel_device)
         with pytest.raises(NotImplementedError, match="float64 boxes"):
