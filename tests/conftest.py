@@ -71,7 +71,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--ptx") or not torch.cuda.is_available():
         reasons["gpu"] = "needs a CUDA device"
     if config.getoption("--ptx") or torch.cuda.is_available():
-        reasons["interpreted"] = "counts what Triton's interpreter calls"
+        reasons["interpreted"] = "needs Triton's interpreter"
     for item in items:
         for marker, reason in reasons.items():
             if item.get_closest_marker(marker):

@@ -80,8 +80,7 @@ def load_queries(scene, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_logit(scene, queries, target):
-    """The logits of a target's class, in float32. A class that does not exist is the next one that
-    does."""
+    """The logits of a target's class, in float32. Classes out of range count as the nearest one."""
     label = tl.zeros((), tl.int64)
     if scene.labels is not None:
         label = tl.load(scene.labels + queries.first_slot + target)

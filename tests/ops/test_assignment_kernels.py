@@ -128,6 +128,15 @@ class TestMatchingCost:
         scene = moved(random_scene((0, 0), empty_slots=0), kernel_device)
         assert matching_cost(*scene, **COSTS, impl="triton").shape == (2, 2, 12, 0)
 
+    def test_classes_out_of_range_count_as_the_nearest(self, kernel_device):
+        """Nothing beyond the logits of a query is read."""
+        scene = moved(random_scene((3, 2)), kernel_device)
+        costs = []
+        for first, second in ((-1, 10**6), (0, scene.logits.shape[-1] - 1)):
+            scene.targets.labels[0, :2] = torch.tensor([first, second])
+            costs.append(matching_cost(*scene, **COSTS, impl="triton"))
+        assert torch.equal(*costs)
+
     def test_float64_is_refused(self, kernel_device):
         scene = moved(random_scene((3, 2), dtype=torch.float64), kernel_device)
         with pytest.raises(NotImplementedError, match="float64 boxes"):
@@ -199,6 +208,15 @@ class TestLinearAssignment:
         cost = torch.arange(24.0)[:, None] * torch.linspace(1.0, 2.0, 20)[None]
         cost = cost + 0.01 * torch.rand(2, 24, 20)
         check_assignment(cost, torch.tensor([20, 11]), kernel_device, unique=True)
+
+    def test_long_path_through_several_warps(self, kernel_device):
+        """The last target wants another's query, and each of ten targets yields to the next."""
+        cost = torch.rand(1, 300, 120) + 2.0
+        cost[0, range(119), range(119)] = 0.0
+        chain = torch.randperm(119)[:10]
+        cost[0, [*chain[1:], 200], chain] = 0.1
+        cost[0, chain[0], 119] = -1.0
+        check_assignment(cost, torch.tensor([120]), kernel_device, unique=True)
 
     @pytest.mark.parametrize(("queries", "slots"), [(7, 4), (4, 7), (5, 5), (3, 0)])
     @pytest.mark.parametrize("has_labels", [True, False])

@@ -102,13 +102,14 @@ def linear_assignment(device: torch.device, dtype: torch.dtype) -> None:
     tests = assignment.TestLinearAssignment()
     tests.test_rivals_for_the_same_queries(device)
     tests.test_shapes(device, 300, 20, [20, 7])
+    tests.test_long_path_through_several_warps(device)
 
 
 def one_to_many(device: torch.device, dtype: torch.dtype) -> None:
-    """Several warps, a few targets, and a draw among too many positives."""
+    """Several warps, a few targets, equal scores, and a draw among too many positives."""
     options = assignment.OPTIONS | {"positive_fraction": 0.05}
-    scene = scene_of(dtype, queries=300)
-    assignment.check_pairs(scene, torch.rand(3, 300), device, **options)
+    for scene in (scene_of(dtype, queries=300), assignment.tied_scene(0, (6, 0, 3), 300, dtype)):
+        assignment.check_pairs(scene, torch.rand(3, 300), device, **options)
 
 
 def focal_loss(device: torch.device, dtype: torch.dtype) -> None:

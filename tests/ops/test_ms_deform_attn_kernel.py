@@ -350,6 +350,7 @@ class TestPixelsAsQueries:
         "sizes",
         [
             {"shapes": ((11, 13),), "points": 1},
+            {"shapes": ((2, 20),), "points": 2, "batch": 2},
             {"shapes": ((3, 5), (6, 10)), "points": 2, "head_dim": 32},  # not a pyramid
             {"shapes": ((9, 5), (4, 4), (3, 3), (1, 2), (2, 1)), "points": 3},
         ],
@@ -645,6 +646,28 @@ class TestWideOffsets:
         monkeypatch.setattr(kernels, "sizes_of", lambda *args: sizes_of(*args)._replace(WIDE=True))
         for mine, truth in zip(call.run("triton"), expected, strict=True):
             torch.testing.assert_close(mine, truth, rtol=0, atol=1e-6)
+
+    @pytest.mark.interpreted
+    @pytest.mark.parametrize(
+        ("batch", "shapes", "strides"),
+        [(3, ((1, 2), (1, 1)), (2**30, 4, 4, 1)), (1, ((1, 3), (1, 1)), (0, 2**30, 4, 1))],
+        ids=["images", "pixels"],
+    )
+    def test_distant_images_and_pixels(self, kernel_device, tmp_path, batch, shapes, strides):
+        """Values in a file with holes, 2^31 elements and more apart."""
+        call = random_call(
+            kernel_device, batch=batch, shapes=shapes, heads=1, dtype=torch.bfloat16, spread=0.5
+        )
+        size = 1 + sum((n - 1) * s for n, s in zip(call.value.shape, strides, strict=True))
+        memory = torch.from_file(str(tmp_path / "values"), True, size, dtype=torch.bfloat16)
+        apart = memory.as_strided(call.value.shape, strides).copy_(call.value)
+        results = []
+        for value in (apart, call.value):
+            projection = call.projection.detach().requires_grad_()
+            output = ms_deform_attn_fused(value, shapes, projection, call.reference, impl="triton")
+            results.append((output, *torch.autograd.grad(output, projection, call.grad_output)))
+        assert results[0][0].any()
+        assert all(map(torch.equal, *results))
 
     @pytest.mark.gpu
     def test_more_than_2_to_31_elements(self, kernel_device):

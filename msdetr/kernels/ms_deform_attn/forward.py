@@ -39,11 +39,11 @@ def _zeros(tile):
 
 
 @triton.jit
-def _add_sample(acc, pointers, stride_s, x, y, weight, level, sizes, tile):
-    """`acc` plus `weight` times the bilinear sample at pixel (x, y), all [ROWS]."""
-    at = find_corners(x, y, level, stride_s, sizes)
-    lower = at.down * weight
-    upper = weight - lower
+def _add_sample(acc, pointers, stride_s, samples, i: tl.constexpr, level, sizes, tile):
+    """`acc` plus the weight of sample `i` of each row times its bilinear sample of `value`."""
+    at = find_corners(samples.x[i], samples.y[i], level, stride_s, sizes)
+    lower = at.down * samples.weight[i]
+    upper = samples.weight[i] - lower
     weight01 = upper * at.right
     weight00 = (upper - weight01)[:, None]
     weight01 = weight01[:, None]
@@ -53,18 +53,18 @@ def _add_sample(acc, pointers, stride_s, x, y, weight, level, sizes, tile):
     pointers00 = pointers + at.upper[:, None]
     pointers10 = pointers + at.lower[:, None]
     result = ()
-    for i in tl.static_range(tile.SPLITS):
-        mask00 = split_mask(at.in_x0 & at.in_y0, i, sizes, tile)
-        mask01 = split_mask(at.in_x1 & at.in_y0, i, sizes, tile)
-        mask10 = split_mask(at.in_x0 & at.in_y1, i, sizes, tile)
-        mask11 = split_mask(at.in_x1 & at.in_y1, i, sizes, tile)
-        split = i * tile.SPLIT_D
-        value00 = tl.load(pointers00 + split, mask=mask00, other=0.0)
-        value01 = tl.load(pointers00 + stride_s + split, mask=mask01, other=0.0)
-        value10 = tl.load(pointers10 + split, mask=mask10, other=0.0)
-        value11 = tl.load(pointers10 + stride_s + split, mask=mask11, other=0.0)
+    for split in tl.static_range(tile.SPLITS):
+        mask00 = split_mask(at.in_x0 & at.in_y0, split, sizes, tile)
+        mask01 = split_mask(at.in_x1 & at.in_y0, split, sizes, tile)
+        mask10 = split_mask(at.in_x0 & at.in_y1, split, sizes, tile)
+        mask11 = split_mask(at.in_x1 & at.in_y1, split, sizes, tile)
+        first = split * tile.SPLIT_D
+        value00 = tl.load(pointers00 + first, mask=mask00, other=0.0)
+        value01 = tl.load(pointers00 + stride_s + first, mask=mask01, other=0.0)
+        value10 = tl.load(pointers10 + first, mask=mask10, other=0.0)
+        value11 = tl.load(pointers10 + stride_s + first, mask=mask11, other=0.0)
         # One corner at a time: four fused multiply-adds instead of products and sums.
-        total = acc[i]
+        total = acc[split]
         total += value00.to(tl.float32) * weight00
         total += value01.to(tl.float32) * weight01
         total += value10.to(tl.float32) * weight10
@@ -96,10 +96,7 @@ def forward_kernel(
         for point in tl.static_range(0, sizes.P, sizes.GROUP):
             samples = load_samples(rows, reference, index, level, point, sizes, False)
             for i in tl.static_range(sizes.GROUP):
-                x = samples.x[i]
-                y = samples.y[i]
-                weight = samples.weight[i]
-                acc = _add_sample(acc, pointers, value.stride_s, x, y, weight, level, sizes, tile)
+                acc = _add_sample(acc, pointers, value.stride_s, samples, i, level, sizes, tile)
         pointers += (level.height * level.width).to(tl.int64) * value.stride_s
     output = output_pointers(output_ptr, group, channel, sizes)
     for i in tl.static_range(tile.SPLITS):

@@ -56,9 +56,9 @@ def _dot_with_corner(grad, pointers, rows, sizes, tile):
 
 
 @triton.jit
-def _sample_gradients(grad, pointers, stride_s, x, y, weight, level, sizes, tile):
-    """Gradients [ROWS] of x and y (pixels) and of the weight of one sample per row."""
-    at = find_corners(x, y, level, stride_s, sizes)
+def _sample_gradients(grad, pointers, stride_s, samples, i: tl.constexpr, level, sizes, tile):
+    """Gradients [ROWS] of x and y (pixels) and of the weight of sample `i` of each row."""
+    at = find_corners(samples.x[i], samples.y[i], level, stride_s, sizes)
     upper = pointers + at.upper[:, None]
     lower = pointers + at.lower[:, None]
     dot00 = _dot_with_corner(grad, upper, at.in_x0 & at.in_y0, sizes, tile)
@@ -69,6 +69,7 @@ def _sample_gradients(grad, pointers, stride_s, x, y, weight, level, sizes, tile
     across_bottom = dot11 - dot10
     top = dot00 + at.right * across_top
     bottom = dot10 + at.right * across_bottom
+    weight = samples.weight[i]
     grad_x = weight * (across_top + at.down * (across_bottom - across_top))
     return grad_x, weight * (bottom - top), top + at.down * (bottom - top)
 
@@ -160,11 +161,8 @@ def points_kernel(
             grad_ys = ()
             grad_ws = ()
             for i in tl.static_range(GROUP):
-                x = samples.x[i]
-                y = samples.y[i]
-                weight = samples.weight[i]
                 grad_x, grad_y, grad_w = _sample_gradients(
-                    grad, pointers, value.stride_s, x, y, weight, level, sizes, tile
+                    grad, pointers, value.stride_s, samples, i, level, sizes, tile
                 )
                 sum_x += grad_x
                 sum_y += grad_y

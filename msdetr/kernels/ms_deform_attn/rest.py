@@ -66,9 +66,7 @@ def rest_kernel(
                 samples = load_samples(rows, reference, index, level, 0, sizes, True)
                 grad = load_gradient(grad_output_ptr, group, sizes, tile)
                 for point in tl.static_range(sizes.P):
-                    x = samples.x[point]
-                    y = samples.y[point]
+                    x, y = samples.x[point], samples.y[point]
                     left = is_left_out(x, y, group.inside, window, side, level)
-                    weight = samples.weight[point]
-                    scatter_sample(grad, pointers, x, y, weight, left, level, sizes, tile)
+                    scatter_sample(grad, pointers, samples, point, left, level, sizes, tile)
         pointers += (height * width).to(tl.int64) * (sizes.M * sizes.D)

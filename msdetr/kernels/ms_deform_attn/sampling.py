@@ -98,7 +98,7 @@ class Rows(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """A sample of each point of a group, per row: tuples of [ROWS]."""
+    """The samples of GROUP points of each row. A field is a tuple, by point, of [ROWS]."""
 
     x: Any  # pixels, clamped just outside of the map
     y: Any
@@ -342,13 +342,15 @@ def find_corners(x, y, level, stride_s, sizes):
     top = tl.floor(y)
     x0 = left.to(tl.int32)
     y0 = top.to(tl.int32)
-    pixel = y0 * level.width + x0
+    width = level.width
+    pixel = y0 * width + x0
     if sizes.WIDE:
         pixel = pixel.to(tl.int64)
+        width = width.to(tl.int64)
     upper = pixel * stride_s
     return Corners(
         upper,
-        upper + level.width * stride_s,
+        upper + width * stride_s,
         within(x0, level.valid_width),
         within(x0 + 1, level.valid_width),
         within(y0, level.valid_height),

@@ -29,34 +29,24 @@ from msdetr.kernels.ms_deform_attn.sampling import (
 
 
 @triton.jit
-def _add_to_corner(grad, pointers, share, rows, sizes, tile):
-    """Add `share` [ROWS] times g to the rows at `pointers` [ROWS, SPLIT_D]."""
-    for i in tl.static_range(tile.SPLITS):
-        product = grad[i] * share[:, None]
-        mask = split_mask(rows, i, sizes, tile)
-        # The default semantics would add a fence and invalidate the cache at every sample.
-        tl.atomic_add(pointers + i * tile.SPLIT_D, product, mask=mask, sem="relaxed")
-
-
-@triton.jit
-def scatter_sample(grad, pointers, x, y, weight, rows, level, sizes, tile):
-    """Add one sample per row, where `rows` [ROWS] is True, to the gradient of `value`."""
+def scatter_sample(grad, pointers, samples, i: tl.constexpr, rows, level, sizes, tile):
+    """Add sample `i` of each row, where `rows` [ROWS] is True, to the gradient of `value`."""
     STRIDE: tl.constexpr = sizes.M * sizes.D
-    at = find_corners(x, y, level, STRIDE, sizes)
-    in_y0 = at.in_y0 & rows
-    in_y1 = at.in_y1 & rows
-    lower = at.down * weight
-    upper = weight - lower
-    right = upper * at.right
-    left = upper - right
-    row = pointers + at.upper[:, None]
-    _add_to_corner(grad, row, left, in_y0 & at.in_x0, sizes, tile)
-    _add_to_corner(grad, row + STRIDE, right, in_y0 & at.in_x1, sizes, tile)
-    right = lower * at.right
-    left = lower - right
-    row = pointers + at.lower[:, None]
-    _add_to_corner(grad, row, left, in_y1 & at.in_x0, sizes, tile)
-    _add_to_corner(grad, row + STRIDE, right, in_y1 & at.in_x1, sizes, tile)
+    at = find_corners(samples.x[i], samples.y[i], level, STRIDE, sizes)
+    lower = at.down * samples.weight[i]
+    upper = samples.weight[i] - lower
+    lower_right, upper_right = lower * at.right, upper * at.right
+    shares = (upper - upper_right, upper_right, lower - lower_right, lower_right)
+    above, below = pointers + at.upper[:, None], pointers + at.lower[:, None]
+    corners = (above, above + STRIDE, below, below + STRIDE)
+    in_y0, in_y1 = at.in_y0 & rows, at.in_y1 & rows
+    inside = (in_y0 & at.in_x0, in_y0 & at.in_x1, in_y1 & at.in_x0, in_y1 & at.in_x1)
+    for k in tl.static_range(4):
+        for split in tl.static_range(tile.SPLITS):
+            product = grad[split] * shares[k][:, None]
+            mask = split_mask(inside[k], split, sizes, tile)
+            # The default semantics would add a fence and invalidate the cache at every sample.
+            tl.atomic_add(corners[k] + split * tile.SPLIT_D, product, mask=mask, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["maps", "num_queries", "num_tokens", "programs"])
@@ -84,8 +74,5 @@ def value_kernel(
             samples = load_samples(rows, reference, index, level, point, sizes, True)
             for i in tl.static_range(sizes.GROUP):
                 if point + i < sizes.P:
-                    x = samples.x[i]
-                    y = samples.y[i]
-                    weight = samples.weight[i]
-                    scatter_sample(grad, pointers, x, y, weight, group.inside, level, sizes, tile)
+                    scatter_sample(grad, pointers, samples, i, group.inside, level, sizes, tile)
         pointers += (level.height * level.width).to(tl.int64) * (sizes.M * sizes.D)

@@ -54,16 +54,6 @@ class _Share(NamedTuple):
     samples: Any
 
 
-class _Bounds(NamedTuple):
-    """Minimum and maximum of the positions that fit a window, and 1 if a sample was left out."""
-
-    x_min: Any
-    y_min: Any
-    x_max: Any
-    y_max: Any
-    rest: Any
-
-
 @triton.jit
 def _add_pairs(a0, a1, b0, b1):
     return a0 + b0, a1 + b1
@@ -94,12 +84,12 @@ def _place_window(share, count, sizes, SIDE: tl.constexpr):
 
 @triton.jit
 def _find_bounds(share, window, side, level, sizes):
+    """Minima of x and y and maxima of x and y of the positions that fit a window, and 1 if a sample
+    was left out."""
     far = 1e9
-    x_min = tl.where(share.inside, far, far)
-    y_min = x_min
-    x_max = -x_min
-    y_max = -x_min
-    rest = tl.where(share.inside, 0, 0)
+    x_min = tl.full(share.inside.shape, far, tl.float32)
+    y_min, x_max, y_max = x_min, -x_min, -x_min
+    rest = tl.zeros(share.inside.shape, tl.int32)
     for i in tl.static_range(sizes.P):
         x = share.samples.x[i]
         y = share.samples.y[i]
@@ -109,8 +99,7 @@ def _find_bounds(share, window, side, level, sizes):
         x_max = tl.maximum(x_max, tl.where(fits, x, -far))
         y_max = tl.maximum(y_max, tl.where(fits, y, -far))
         rest = rest | is_left_out(x, y, share.inside, window, side, level).to(tl.int32)
-    found = tl.reduce((x_min, y_min, x_max, y_max, rest), 0, _join_bounds)
-    return _Bounds(found[0], found[1], found[2], found[3], found[4])
+    return tl.reduce((x_min, y_min, x_max, y_max, rest), 0, _join_bounds)
 
 
 @triton.jit
@@ -156,14 +145,10 @@ def _splat_level(
     """
     BLOCK_Y: tl.constexpr = windows.BLOCK_Y
     window = _place_window(fine, count, sizes, SIDE)
-    x_min, y_min, x_max, y_max, rest = _find_bounds(fine, window, SIDE, level, sizes)
+    bounds = _find_bounds(fine, window, SIDE, level, sizes)
     if sizes.L > 1:
-        bounds = _find_bounds(coarse, window, SIDE, level, sizes)
-        x_min = tl.minimum(x_min, bounds.x_min)
-        y_min = tl.minimum(y_min, bounds.y_min)
-        x_max = tl.maximum(x_max, bounds.x_max)
-        y_max = tl.maximum(y_max, bounds.y_max)
-        rest = rest | bounds.rest
+        bounds = _join_bounds(*bounds, *_find_bounds(coarse, window, SIDE, level, sizes))
+    x_min, y_min, x_max, y_max, rest = bounds
     tl.store(window_ptr, window.x)
     tl.store(window_ptr + 1, window.y)
     tl.store(window_ptr + 2, rest.to(tl.float32))
