@@ -19,6 +19,8 @@ from ops import test_ms_deform_attn_kernel as attention
 from ptx import dtype_of
 from scenes import Scene, random_scene
 
+pytest.importorskip("triton")
+
 from msdetr.kernels.ms_deform_attn import configs
 from msdetr.kernels.ms_deform_attn.launch import (
     forward_kernel,
@@ -26,8 +28,6 @@ from msdetr.kernels.ms_deform_attn.launch import (
     points_kernel,
     walk_kernel,
 )
-
-pytest.importorskip("triton")
 
 FOLDER = Path(__file__).resolve().parents[2] / "msdetr" / "kernels"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

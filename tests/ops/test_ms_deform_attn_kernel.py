@@ -5,6 +5,7 @@ interpreter, where every program takes tenths of a second. Hence the small shape
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -20,8 +21,10 @@ from msdetr.ops import ms_deform_attn_library
 from msdetr.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
 from msdetr.structures import SpatialShapes
 
-kernels = pytest.importorskip("msdetr.kernels.ms_deform_attn.launch")
-needs_wide_offsets = pytest.importorskip("msdetr.kernels.ms_deform_attn.plan").needs_wide_offsets
+pytest.importorskip("triton")
+
+from msdetr.kernels.ms_deform_attn import launch as kernels
+from msdetr.kernels.ms_deform_attn.plan import needs_wide_offsets
 
 ROUNDING = 32
 LEVELS = ((5, 7), (3, 4), (2, 2), (1, 1))
@@ -572,6 +575,12 @@ class TestDeterministic:
         zero = replace(call, grad_output=torch.zeros_like(call.grad_output))
         assert not zero.run("triton")[1].any()
         call.grad_output[0, 0, 0] = float("inf")
+        assert call.run("triton")[1].isnan().all()
+
+    @pytest.mark.parametrize("logits", [[math.nan], [math.inf], [-math.inf] * 8])
+    def test_softmax_that_is_not_finite(self, kernel_device, logits):
+        call = random_call(kernel_device, heads=1, shapes=LEVELS[:2])
+        call.projection[0, 0, -len(logits) :] = torch.tensor(logits)
         assert call.run("triton")[1].isnan().all()
 
     def test_standard_op(self, kernel_device):

@@ -142,7 +142,7 @@ def backward_value(
         Maps(pack_levels(spatial_shapes), valid_sizes),
     )
     if isinstance(plan, ListPlan):
-        scale = _fixed_point_scale(grad_output, points) if deterministic else None
+        scale = _fixed_point_scale(grad_output, points, sizes) if deterministic else None
         return _sum_lists(plan, *inputs, value, scale)
     total = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
     if isinstance(plan, WindowPlan):
@@ -202,21 +202,25 @@ def _sum_lists(
     return result
 
 
-def _fixed_point_scale(grad_output: Tensor, points: Points) -> Tensor:
+def _fixed_point_scale(grad_output: Tensor, points: Points, sizes: Sizes) -> Tensor:
     """[] float32, a power of two: units per 1, such that no int64 sum can overflow.
 
     The gradient of a pixel is at most (sum of weights of a query) x Q x max |g|. The weights of a
-    softmax sum to 1.
+    softmax sum to 1. NaN if g or the weights are not finite: that makes the whole gradient NaN.
     """
     bound = grad_output.abs().amax().to(torch.float64)
     terms = points.points.shape[1]
     if points.reference is None:
         bound = bound * points.weights.abs().amax().to(torch.float64)
         terms *= points.weights.shape[2]
+    else:
+        # A softmax is finite if the highest logit is.
+        highest = points.weights.unflatten(2, (sizes.M, -1)).amax(-1)
+        bound = bound + (highest * 0.0).sum()
     exponent = torch.frexp(bound * terms).exponent
     # Within the range of float32; it could not hold results below 2^-126 anyway.
     scale = torch.exp2((62 - exponent).clamp(-120, 120).to(torch.float64))
-    return (scale + bound * 0.0).to(torch.float32)  # NaN if g is not finite
+    return (scale + bound * 0.0).to(torch.float32)
 
 
 def _sizes(value: Tensor, spatial_shapes: SpatialShapes, points: Points) -> Sizes:

@@ -130,8 +130,7 @@ def _channel_mask(rows, sizes, lists):
 def _store(pointer, sums, row, num_rows, fixed_point, sizes, lists):
     """Store sums [ROWS, PADDED_D] of the rows of a level."""
     if fixed_point is not None:
-        # A gradient that is not finite cannot be represented: its scale makes the result NaN.
-        sums = (sums.to(tl.float64) / fixed_point).to(tl.float32) + fixed_point * 0.0
+        sums = (sums.to(tl.float64) / fixed_point).to(tl.float32)
     pointers = pointer + (row * sizes.D)[:, None] + tl.arange(0, lists.PADDED_D)[None, :]
     mask = _channel_mask(row < num_rows, sizes, lists)
     tl.store(pointers, sums.to(pointer.dtype.element_ty), mask=mask)

@@ -85,7 +85,8 @@ def sizes_of(
     levels = len(spatial_shapes)
     group = int(min(triton.next_power_of_2(num_points), 4))
     padded_points = triton.cdiv(num_points, group) * group
-    strides = (*strides, heads * head_dim, levels * reference_dim)
+    # Outputs and gradients are contiguous.
+    strides = (*strides, heads * head_dim, 3 * heads * levels * num_points, levels * reference_dim)
     return Sizes(
         M=heads,
         D=head_dim,
