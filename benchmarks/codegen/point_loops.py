@@ -44,7 +44,7 @@ class PointLoop:
 POINT_LOOPS = {
     "forward_kernel": PointLoop(row_function="_add_sample", target=130.0),
     "points_kernel": PointLoop(row_function="_dot_with_corner", target=160.0),
-    "value_kernel": PointLoop(row_function="scatter_sample"),
+    "value_kernel": PointLoop(row_function="_add_to_corner"),
 }
 """By kernel. Of other kernels all instructions are counted."""
 

@@ -703,22 +703,25 @@ class TestWideOffsets:
 
 
 class TestManyImages:
-    @pytest.mark.gpu
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("queries", [1, None])
-    def test_more_than_65535(self, kernel_device, queries):
-        """The second and third dimension of a grid could not hold them."""
-        check(
-            random_call(
-                kernel_device,
-                batch=66_000,
-                queries=queries,
-                heads=1,
-                head_dim=16,
-                points=1,
-                shapes=((1, 2),),
-                dtype=torch.bfloat16,
-            )
+    def test_launches_are_split_at_the_limit_of_the_grid(
+        self, kernel_device, dtype, queries, monkeypatch
+    ):
+        call = random_call(
+            kernel_device,
+            batch=3,
+            queries=queries,
+            heads=1,
+            head_dim=16,
+            shapes=((3, 3),),
+            valid_sizes=[[[3, 3]], [[2, 3]], [[3, 1]]],
+            dtype=dtype,
         )
+        expected = call.run("triton")
+        monkeypatch.setattr(kernels, "_MAX_IMAGES", 2)
+        for mine, truth in zip(call.run("triton"), expected, strict=True):
+            torch.testing.assert_close(mine, truth, rtol=1e-2, atol=1e-2)
 
 
 class TestErrors:

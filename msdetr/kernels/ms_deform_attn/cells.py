@@ -50,9 +50,9 @@ class Window(NamedTuple):
 
 
 @triton.jit
-def program_cell(num_queries, programs, cells_across, sizes):
+def program_cell(num_queries, cells_across, sizes):
     """The cell of this program."""
-    batch, index, head = locate_program(programs, sizes)
+    batch, index, head = locate_program(sizes)
     return Cell(batch, num_queries, head, index // cells_across, index % cells_across)
 
 

@@ -73,19 +73,18 @@ def _add_sample(acc, pointers, stride_s, samples, i: tl.constexpr, level, sizes,
     return result
 
 
-@triton.jit(do_not_specialize=["maps", "num_queries", "programs"])
+@triton.jit(do_not_specialize=["maps", "num_queries"])
 def forward_kernel(
     value,  # Value
     queries,  # Queries
     maps,  # Maps
     output_ptr,  # [B, Q, M, D]
     num_queries,
-    programs,  # per image
     sizes: tl.constexpr,  # Sizes
     tile: tl.constexpr,  # Tile
 ):
     """Weighted sum of bilinear samples; see `msdetr.ops.ms_deform_attn`."""
-    group = program_queries(num_queries, programs, maps, sizes, tile)
+    group = program_queries(num_queries, maps, sizes, tile)
     rows = load_rows(queries, group, sizes)
     channel = split_channels(group.head, sizes, tile)
     pointers = value.pointer + group.batch * value.stride_b + channel

@@ -13,7 +13,9 @@ weights, so only the inputs are kept.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +37,11 @@ from msdetr.kernels.ms_deform_attn.value import value_kernel
 from msdetr.kernels.ms_deform_attn.windows import splat_kernel
 from msdetr.structures import SpatialShapes
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_MAX_IMAGES = 65535  # per launch: the second dimension of a grid
+
 
 class Points(NamedTuple):
     """Points and weights of queries: the arguments of an op in the layout of the kernels.
@@ -54,6 +61,30 @@ class Points(NamedTuple):
         return 0 if self.reference is None else self.reference.shape[-1]
 
 
+def _split_images(launcher: Callable[P, T]) -> Callable[P, T]:
+    """Calls a launcher several times if there are more images than one grid can hold."""
+
+    def part(argument: Any, images: slice) -> Any:
+        if isinstance(argument, Points):
+            return Points(*(part(field, images) for field in argument))
+        return argument[images] if isinstance(argument, Tensor) else argument
+
+    @functools.wraps(launcher)
+    def launch(*args: P.args, **kwargs: P.kwargs) -> T:
+        batch = len(args[0])  # type: ignore[arg-type]  # a tensor
+        if batch <= _MAX_IMAGES:
+            return launcher(*args, **kwargs)
+        starts = range(0, batch, _MAX_IMAGES)
+        parts: list[Any] = [
+            launcher(*(part(x, slice(start, start + _MAX_IMAGES)) for x in args), **kwargs)
+            for start in starts
+        ]
+        return cast(T, None if parts[0] is None else torch.cat(parts))
+
+    return launch
+
+
+@_split_images
 def forward(
     value: Tensor, spatial_shapes: SpatialShapes, points: Points, valid_sizes: Tensor | None
 ) -> Tensor:
@@ -65,13 +96,12 @@ def forward(
         return output
     sizes = _sizes(value, spatial_shapes, points)
     plan = plan_direct("forward", value.dtype, spatial_shapes, batch, queries, sizes)
-    forward_kernel[(plan.programs * batch,)](
+    forward_kernel[(plan.programs, batch)](
         Value(value, *value.stride()[:2]),
         _queries(points.points, points.weights, points.reference),
         Maps(pack_levels(spatial_shapes), valid_sizes),
         output,
         queries,
-        plan.programs,
         plan.sizes,
         plan.tile,
         **plan.options,
@@ -79,6 +109,7 @@ def forward(
     return output
 
 
+@_split_images
 def backward_points(
     grad_output: Tensor,
     value: Tensor,
@@ -105,14 +136,13 @@ def backward_points(
         plan = plan_direct(
             "points", value.dtype, spatial_shapes, batch, queries, sizes, need_reference
         )
-        points_kernel[(plan.programs * batch,)](
+        points_kernel[(plan.programs, batch)](
             grad_output,
             Value(value, *value.stride()[:2]),
             _queries(points.points, points.weights, points.reference),
             Maps(pack_levels(spatial_shapes), valid_sizes),
             _queries(grad_points, grad_weights, grad_reference),
             queries,
-            plan.programs,
             plan.sizes,
             plan.tile,
             **plan.options,
@@ -120,6 +150,7 @@ def backward_points(
     return None if grad_reference is None else grad_reference.sum(1)
 
 
+@_split_images
 def backward_value(
     grad_output: Tensor,
     value: Tensor,
@@ -146,15 +177,15 @@ def backward_value(
         return _sum_lists(plan, *inputs, value, scale)
     total = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
     if isinstance(plan, WindowPlan):
-        origins = total.new_empty(batch * plan.programs, sizes.L, 3)
-        arguments = (*inputs, total, origins, queries, plan.programs, plan.cells_across)
+        origins = total.new_empty(batch, plan.programs, sizes.L, 3)
+        arguments = (*inputs, total, origins, queries, plan.cells_across)
         constants = (plan.sizes, plan.windows)
-        grid = (plan.programs * batch,)
+        grid = (plan.programs, batch)
         splat_kernel[grid](*arguments, *constants, **plan.splat_options)
         rest_kernel[grid](*arguments, *constants, plan.rest_tile, **plan.rest_options)
     else:
-        value_kernel[(plan.programs * batch,)](
-            *inputs, total, queries, tokens, plan.programs, plan.sizes, plan.tile, **plan.options
+        value_kernel[(plan.programs, batch)](
+            *inputs, total, queries, tokens, plan.sizes, plan.tile, **plan.options
         )
     return total.to(value.dtype)
 
@@ -172,20 +203,19 @@ def _sum_lists(
     first = torch.zeros(batch, plan.num_lists, dtype=plan.dtype, device=value.device)
     entries = first.new_empty(batch, plan.num_entries, 2)
     result = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-    link_kernel[(plan.link_programs * batch, len(maps.levels))](
+    link_kernel[(plan.link_programs, batch, len(maps.levels))](
         queries,
         maps,
         first,
         entries,
         num_queries,
         tokens,
-        plan.link_programs,
         plan.num_lists,
         plan.sizes,
         plan.lists,
         **plan.link_options,
     )
-    walk_kernel[(plan.walk_programs * batch,)](
+    walk_kernel[(plan.walk_programs, batch)](
         grad_output,
         maps,
         first,
@@ -194,7 +224,6 @@ def _sum_lists(
         fixed_point,
         num_queries,
         tokens,
-        plan.walk_programs,
         plan.sizes,
         plan.lists,
         **plan.walk_options,

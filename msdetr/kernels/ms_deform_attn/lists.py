@@ -64,7 +64,7 @@ def _link(first, entries_ptr, entry, share, inside):
     tl.store(entries_ptr + entry * 2 + 1, bits, mask=inside)
 
 
-@triton.jit(do_not_specialize=["maps", "num_queries", "num_tokens", "programs", "num_lists"])
+@triton.jit(do_not_specialize=["maps", "num_queries", "num_tokens", "num_lists"])
 def link_kernel(
     queries,  # Queries
     maps,  # Maps
@@ -72,14 +72,13 @@ def link_kernel(
     entries_ptr,  # [B, Q, M, L, P, 4, 2] as `first_ptr`: 1 + next entry, bits of the share
     num_queries,
     num_tokens,
-    programs,  # per image and level
     num_lists,
     sizes: tl.constexpr,  # Sizes
     lists: tl.constexpr,  # Lists
 ):
     """Enter the corners of all samples that are within the map in lists."""
-    index = tl.program_id(1)
-    group = program_queries(num_queries, programs, maps, sizes, lists)
+    index = tl.program_id(2)
+    group = program_queries(num_queries, maps, sizes, lists)
     rows = load_rows(queries, group, sizes)
     level = load_level(index, maps, group.batch, sizes)
     reference = load_reference(rows, index, level, sizes)
@@ -136,7 +135,7 @@ def _store(pointer, sums, row, num_rows, fixed_point, sizes, lists):
     tl.store(pointers, sums.to(pointer.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["maps", "num_queries", "num_tokens", "programs"])
+@triton.jit(do_not_specialize=["maps", "num_queries", "num_tokens"])
 def walk_kernel(
     grad_output_ptr,  # [B, Q, M, D]
     maps,  # Maps
@@ -146,15 +145,14 @@ def walk_kernel(
     fixed_point_ptr,  # [] float32, units per 1; None: add in float32
     num_queries,
     num_tokens,
-    programs,  # per image
     sizes: tl.constexpr,  # Sizes
     lists: tl.constexpr,  # Lists
 ):
     """Gradient of `value`: the sums of all lists."""
     # The last levels first: they are the coarse ones, with the longest lists.
-    batch = (tl.program_id(0) // programs).to(tl.int64)
-    program = programs - 1 - tl.program_id(0) % programs
-    first_ptr += (batch * programs + program) * lists.ROWS
+    batch = tl.program_id(1).to(tl.int64)
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    first_ptr += (batch * tl.num_programs(0) + program) * lists.ROWS
     token = batch * num_tokens
     pixels, count, walks = _level_lists(0, num_tokens, maps, sizes, lists)
     for i in tl.static_range(1, sizes.L):

@@ -124,7 +124,7 @@ def _store_reference(pointers, sums, level, inside, sizes):
         tl.store(pointers + 3, sums[3] * (height * (0.5 / sizes.P)), mask=inside)
 
 
-@triton.jit(do_not_specialize=["maps", "num_queries", "programs"])
+@triton.jit(do_not_specialize=["maps", "num_queries"])
 def points_kernel(
     grad_output_ptr,  # [B, Q, M, D]
     value,  # Value
@@ -132,7 +132,6 @@ def points_kernel(
     maps,  # Maps
     gradients,  # Queries
     num_queries,
-    programs,  # per image
     sizes: tl.constexpr,  # Sizes
     tile: tl.constexpr,  # Tile
 ):
@@ -140,7 +139,7 @@ def points_kernel(
     BLOCK_Q: tl.constexpr = tile.BLOCK_Q
     P: tl.constexpr = sizes.P
     GROUP: tl.constexpr = sizes.GROUP
-    group = program_queries(num_queries, programs, maps, sizes, tile)
+    group = program_queries(num_queries, maps, sizes, tile)
     rows = load_rows(queries, group, sizes)
     grad_points, grad_weights = point_pointers(gradients, group, sizes)
     grad = load_gradient(grad_output_ptr, group, sizes, tile)

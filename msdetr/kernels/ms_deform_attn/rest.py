@@ -30,7 +30,7 @@ from msdetr.kernels.ms_deform_attn.sampling import (
 from msdetr.kernels.ms_deform_attn.value import scatter_sample
 
 
-@triton.jit(do_not_specialize=["maps", "num_queries", "programs", "cells_across"])
+@triton.jit(do_not_specialize=["maps", "num_queries", "cells_across"])
 def rest_kernel(
     grad_output_ptr,  # arguments as those of `splat_kernel`, but for the last
     queries,
@@ -38,17 +38,16 @@ def rest_kernel(
     grad_value_ptr,
     windows_ptr,
     num_queries,
-    programs,
     cells_across,
     sizes: tl.constexpr,
     windows: tl.constexpr,
     tile: tl.constexpr,  # Tile
 ):
     """Add the samples that `splat_kernel` left out."""
-    cell = program_cell(num_queries, programs, cells_across, sizes)
+    cell = program_cell(num_queries, cells_across, sizes)
     pointers = grad_value_ptr + cell.batch * num_queries * (sizes.M * sizes.D)
     pointers += split_channels(cell.head, sizes, tile)
-    windows_ptr += tl.program_id(0).to(tl.int64) * (sizes.L * 3)
+    windows_ptr += (cell.batch * tl.num_programs(0) + tl.program_id(0)) * (sizes.L * 3)
     for index in range(sizes.L):
         height, width = level_size(index, maps, sizes)
         window_ptr = windows_ptr + index * 3

@@ -149,18 +149,16 @@ def load_level(index, maps, batch, sizes):
 
 
 @triton.jit
-def locate_program(programs, sizes):
-    """Image, place in the image, and head of this program, of `programs` per image: heads vary
-    fastest, images slowest."""
-    image = tl.program_id(0) // programs
-    program = tl.program_id(0) % programs
-    return image.to(tl.int64), program // sizes.M, program % sizes.M
+def locate_program(sizes):
+    """Image, place in the image, and head of this program: heads vary fastest, images slowest."""
+    program = tl.program_id(0)
+    return tl.program_id(1).to(tl.int64), program // sizes.M, program % sizes.M
 
 
 @triton.jit
-def program_queries(num_queries, programs, maps, sizes, tile):
+def program_queries(num_queries, maps, sizes, tile):
     """The group of queries that this program of a direct kernel serves."""
-    batch, index, head = locate_program(programs, sizes)
+    batch, index, head = locate_program(sizes)
     query, inside = _tile_queries(index, num_queries, maps, sizes, tile)
     return Group(batch, num_queries, head, query, inside)
 

@@ -29,27 +29,34 @@ from msdetr.kernels.ms_deform_attn.sampling import (
 
 
 @triton.jit
+def _add_to_corner(grad, pointers, share, rows, sizes, tile):
+    """Add `share` [ROWS] times g to the rows at `pointers` [ROWS, SPLIT_D]."""
+    for i in tl.static_range(tile.SPLITS):
+        product = grad[i] * share[:, None]
+        mask = split_mask(rows, i, sizes, tile)
+        # The default semantics would add a fence and invalidate the cache at every sample.
+        tl.atomic_add(pointers + i * tile.SPLIT_D, product, mask=mask, sem="relaxed")
+
+
+@triton.jit
 def scatter_sample(grad, pointers, samples, i: tl.constexpr, rows, level, sizes, tile):
     """Add sample `i` of each row, where `rows` [ROWS] is True, to the gradient of `value`."""
     STRIDE: tl.constexpr = sizes.M * sizes.D
     at = find_corners(samples.x[i], samples.y[i], level, STRIDE, sizes)
     lower = at.down * samples.weight[i]
     upper = samples.weight[i] - lower
-    lower_right, upper_right = lower * at.right, upper * at.right
-    shares = (upper - upper_right, upper_right, lower - lower_right, lower_right)
-    above, below = pointers + at.upper[:, None], pointers + at.lower[:, None]
-    corners = (above, above + STRIDE, below, below + STRIDE)
-    in_y0, in_y1 = at.in_y0 & rows, at.in_y1 & rows
-    inside = (in_y0 & at.in_x0, in_y0 & at.in_x1, in_y1 & at.in_x0, in_y1 & at.in_x1)
-    for k in tl.static_range(4):
-        for split in tl.static_range(tile.SPLITS):
-            product = grad[split] * shares[k][:, None]
-            mask = split_mask(inside[k], split, sizes, tile)
-            # The default semantics would add a fence and invalidate the cache at every sample.
-            tl.atomic_add(corners[k] + split * tile.SPLIT_D, product, mask=mask, sem="relaxed")
+    for row in tl.static_range(2):
+        if row == 0:
+            share, inside, offset = upper, at.in_y0 & rows, at.upper
+        else:
+            share, inside, offset = lower, at.in_y1 & rows, at.lower
+        corner = pointers + offset[:, None]
+        right = share * at.right
+        _add_to_corner(grad, corner, share - right, inside & at.in_x0, sizes, tile)
+        _add_to_corner(grad, corner + STRIDE, right, inside & at.in_x1, sizes, tile)
 
 
-@triton.jit(do_not_specialize=["maps", "num_queries", "num_tokens", "programs"])
+@triton.jit(do_not_specialize=["maps", "num_queries", "num_tokens"])
 def value_kernel(
     grad_output_ptr,  # [B, Q, M, D]
     queries,  # Queries
@@ -57,12 +64,11 @@ def value_kernel(
     grad_value_ptr,  # [B, S, M, D] float32; holds zeros
     num_queries,
     num_tokens,
-    programs,  # per image
     sizes: tl.constexpr,  # Sizes
     tile: tl.constexpr,  # Tile
 ):
     """Gradient of `value`: each sample is added separately."""
-    group = program_queries(num_queries, programs, maps, sizes, tile)
+    group = program_queries(num_queries, maps, sizes, tile)
     rows = load_rows(queries, group, sizes)
     grad = load_gradient(grad_output_ptr, group, sizes, tile)
     pointers = grad_value_ptr + group.batch * num_tokens * (sizes.M * sizes.D)

@@ -201,7 +201,7 @@ def _load_share(grad, rows, group, index, level, sizes):
     return _Share(grad, group.inside, samples)
 
 
-@triton.jit(do_not_specialize=["maps", "num_queries", "programs", "cells_across"])
+@triton.jit(do_not_specialize=["maps", "num_queries", "cells_across"])
 def splat_kernel(
     grad_output_ptr,  # [B, Q, M, D]
     queries,  # Queries
@@ -209,16 +209,15 @@ def splat_kernel(
     grad_value_ptr,  # [B, S, M, D] float32; holds zeros
     windows_ptr,  # [B, cells, M, L, 3] float32: origin of a window (x, y), 1 if samples are left
     num_queries,
-    programs,  # per image
     cells_across,
     sizes: tl.constexpr,  # Sizes
     windows: tl.constexpr,  # WindowSizes
 ):
     """Gradient of `value` from all samples that fit the windows."""
-    cell = program_cell(num_queries, programs, cells_across, sizes)
+    cell = program_cell(num_queries, cells_across, sizes)
     level_base = grad_value_ptr + cell.batch * num_queries * (sizes.M * sizes.D)
     level_base += cell.head * sizes.D
-    windows_ptr += tl.program_id(0).to(tl.int64) * (sizes.L * 3)
+    windows_ptr += (cell.batch * tl.num_programs(0) + tl.program_id(0)) * (sizes.L * 3)
 
     group = fine_queries(cell, maps)
     count = tl.maximum(tl.sum(group.inside.to(tl.int32), 0), 1).to(tl.float32)
