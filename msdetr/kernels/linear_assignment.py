@@ -129,11 +129,13 @@ def _nearest(a_distance, a_key, b_distance, b_key):
 def _next_row_left(problem, state, after, BLOCK: tl.constexpr):
     """The first row after `after` without a column; if there is none, a number >= `rows`."""
     result = tl.full((), _NONE, tl.int32)
-    for first in range(0, problem.rows, BLOCK):
+    first = tl.zeros((), tl.int32)
+    while first < problem.rows:
         row = first + tl.arange(0, BLOCK)
         column = tl.load(state.column_of_row + row, mask=row < problem.rows, other=0)
         left = (column == _NONE) & (row > after)
         result = tl.minimum(result, tl.min(tl.where(left, row, _NONE)))
+        first += BLOCK
     return result
 
 
@@ -149,7 +151,8 @@ def _search(problem, state, new_row, BLOCK: tl.constexpr):
     while end == _NONE:
         best_distance = tl.full((), float("inf"), tl.float64)
         best_key = tl.full((), _NONE, tl.int32)
-        for first in range(0, problem.columns, BLOCK):
+        first = tl.zeros((), tl.int32)
+        while first < problem.columns:
             column = first + lane
             exists = column < problem.columns
             passed = tl.load(state.passed + column, mask=column < searched, other=0)
@@ -167,6 +170,7 @@ def _search(problem, state, new_row, BLOCK: tl.constexpr):
             key = column + matched.to(tl.int32) * _MATCHED  # free columns first
             chunk = tl.reduce((tl.where(open_, distance, float("inf")), key), 0, _nearest)
             best_distance, best_key = _nearest(best_distance, best_key, chunk[0], chunk[1])
+            first += BLOCK
         searched = problem.columns
         best_column = best_key & (_MATCHED - 1)
         tl.debug_barrier()
@@ -185,7 +189,8 @@ def _add_row(problem, state, new_row, BLOCK: tl.constexpr):
     end, travelled = _search(problem, state, new_row, BLOCK)
 
     # Update the potentials of all columns that the search has passed.
-    for first in range(0, problem.columns, BLOCK):
+    first = tl.zeros((), tl.int32)
+    while first < problem.columns:
         column = first + tl.arange(0, BLOCK)
         passed = tl.load(state.passed + column, mask=column < problem.columns, other=0) != 0
         passed = passed & (column != end)
@@ -194,6 +199,7 @@ def _add_row(problem, state, new_row, BLOCK: tl.constexpr):
         potential = tl.load(state.potential + column, mask=passed, other=0.0)
         tl.store(state.v + column, v - change, mask=passed)
         tl.store(state.potential + column, potential + change, mask=passed)
+        first += BLOCK
     tl.debug_barrier()
 
     # Flip the path, from its free end back to the new row.
@@ -216,24 +222,30 @@ def _add_row(problem, state, new_row, BLOCK: tl.constexpr):
 def _match_cheapest(problem, state, BLOCK: tl.constexpr):
     """Match each column to the first row whose cheapest column it is."""
     lane = tl.arange(0, BLOCK)
-    for first in range(0, problem.columns, BLOCK):
+    first = tl.zeros((), tl.int32)
+    while first < problem.columns:
         column = first + lane
         tl.store(state.v + column, 0.0, mask=column < problem.columns)
         tl.store(state.row_of_column + column, _NONE, mask=column < problem.columns)
+        first += BLOCK
     tl.debug_barrier()
-    for first in range(0, problem.rows, BLOCK):
+    first = tl.zeros((), tl.int32)
+    while first < problem.rows:
         row = first + lane
         exists = row < problem.rows
         column = tl.load(state.column_of_row + row, mask=exists, other=0)
         tl.atomic_min(state.row_of_column + column, row, mask=exists, sem="relaxed")
+        first += BLOCK
     tl.debug_barrier()
-    for first in range(0, problem.rows, BLOCK):
+    first = tl.zeros((), tl.int32)
+    while first < problem.rows:
         row = first + lane
         exists = row < problem.rows
         column = tl.load(state.column_of_row + row, mask=exists, other=0)
         has = tl.load(state.row_of_column + column, mask=exists, other=_NONE) == row
         tl.store(state.potential + column, _load_cost(problem, row, column, has), mask=has)
         tl.store(state.column_of_row + row, _NONE, mask=exists & ~has)
+        first += BLOCK
     tl.debug_barrier()
 
 
@@ -246,13 +258,15 @@ def best_columns_kernel(problems, TALL: tl.constexpr, BLOCK: tl.constexpr):
     if row < problem.rows:
         cheapest = tl.full((BLOCK,), float("inf"), tl.float64)
         best = tl.zeros((BLOCK,), tl.int32)
-        for first in range(0, problem.columns, BLOCK):
+        first = tl.zeros((), tl.int32)
+        while first < problem.columns:
             column = first + tl.arange(0, BLOCK)
             exists = column < problem.columns
             cost = _load_cost(problem, row, column, exists)
             better = exists & (cost < cheapest)
             cheapest = tl.where(better, cost, cheapest)
             best = tl.where(better, column, best)
+            first += BLOCK
         _cheapest, best_column = tl.reduce((cheapest, best), 0, _nearest)
         tl.store(_state(problems, index, TALL).column_of_row + row, best_column)
 
@@ -281,7 +295,8 @@ def linear_assignment_kernel(
     swap = problem.count > problem.rows  # rows are queries
     query_of_target = tl.where(swap, state.row_of_column, state.column_of_row)
     target_of_query = tl.where(swap, state.column_of_row, state.row_of_column)
-    for first in range(0, problems.num_targets, BLOCK):
+    first = tl.zeros((), tl.int32)
+    while first < problems.num_targets:
         target = first + tl.arange(0, BLOCK)
         exists = target < problems.num_targets
         query = tl.load(query_of_target + target, mask=target < problem.count, other=_NONE)
@@ -289,7 +304,9 @@ def linear_assignment_kernel(
         offset = index * problems.num_targets + target
         tl.store(query_ptr + offset, tl.where(has, query, 0).to(tl.int64), mask=exists)
         tl.store(mask_ptr + offset, has, mask=exists)
-    for first in range(0, problems.num_queries, BLOCK):
+        first += BLOCK
+    first = tl.zeros((), tl.int32)
+    while first < problems.num_queries:
         query = first + tl.arange(0, BLOCK)
         exists = query < problems.num_queries
         target = tl.load(target_of_query + query, mask=exists, other=_NONE)
@@ -300,6 +317,7 @@ def linear_assignment_kernel(
             label = tl.load(labels_ptr + slot, mask=has, other=0)
         offset = index * problems.num_queries + query
         tl.store(class_ptr + offset, tl.where(has, label, -1), mask=exists)
+        first += BLOCK
 
 
 def linear_assignment(

@@ -40,7 +40,8 @@ def matching_cost_kernel(
     queries = load_queries(scene, BLOCK)
     a = queries.box
     cost_ptr += queries.layer_image * scene.num_targets * scene.num_queries + queries.index
-    for target in range(queries.count):
+    target = tl.zeros((), tl.int32)
+    while target < queries.count:
         b = load_box(scene.target_boxes + (queries.first_slot + target) * 4, 1, True)
         distance = tl.abs(a.x - b.x) + tl.abs(a.y - b.y)
         distance += tl.abs(a.width - b.width) + tl.abs(a.height - b.height)
@@ -56,9 +57,12 @@ def matching_cost_kernel(
         cost = tl.where(is_finite(cost), cost, WORST)
         tl.store(cost_ptr, cost, mask=queries.exists)
         cost_ptr += scene.num_queries
-    for _ in range(queries.count, scene.num_targets):
+        target += 1
+    target = queries.count
+    while target < scene.num_targets:
         tl.store(cost_ptr, 0.0, mask=queries.exists)
         cost_ptr += scene.num_queries
+        target += 1
 
 
 @triton.jit

@@ -73,7 +73,8 @@ def score_kernel(scene, pairs, iou_weight, class_weight, WORST: tl.constexpr, BL
     score_ptr = pairs.score + scores
     best_score = tl.full((BLOCK,), -float("inf"), tl.float32)
     best_target = tl.zeros((BLOCK,), tl.int32)
-    for target in range(queries.count):
+    target = tl.zeros((), tl.int32)
+    while target < queries.count:
         b = load_box(scene.target_boxes + (queries.first_slot + target) * 4, 1, True)
         intersection, union = intersection_and_union(a, b)
         logit = load_logit(scene, queries, target)
@@ -85,6 +86,7 @@ def score_kernel(scene, pairs, iou_weight, class_weight, WORST: tl.constexpr, BL
         better = score > best_score
         best_score = tl.where(better, score, best_score)
         best_target = tl.where(better, target, best_target)
+        target += 1
     row = queries.layer_image * scene.num_queries + queries.index
     tl.store(pairs.best_score + row, best_score, mask=exists)
     tl.store(pairs.best_target + row, best_target, mask=exists)
@@ -178,7 +180,8 @@ def select_kernel(
 
     place = tl.arange(0, PADDED_K)[None, :]
     best_pairs = pairs.pair + layer_image * pairs.num_queries
-    for first in range(0, num_targets, TARGETS):
+    first = tl.zeros((), tl.int32)
+    while first < num_targets:
         target = first + tl.arange(0, TARGETS)[:, None]
         kept = tl.load(kept_ptr + target, mask=target < count, other=0)
         stored = (target < num_targets) & (place < K)
@@ -191,6 +194,7 @@ def select_kernel(
         tl.store(mask_ptr + offset, taken, mask=stored)
         pair = (_ordered(score).to(tl.int64) << 32) | (target ^ _LOW_BITS).to(tl.int64)
         tl.atomic_max(best_pairs + top, pair, mask=taken, sem="relaxed")
+        first += TARGETS
     tl.debug_barrier()
 
     pair = tl.load(pairs.pair + row, mask=exists, other=_NO_PAIR)
