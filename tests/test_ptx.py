@@ -108,12 +108,11 @@ def run(folder: Path, plugins: Path, *options: str) -> str:
 def test_errors_of_kernels_fail_tests(tmp_path):
     report = run(tmp_path, TESTS, "--ptx", "sm_90", "--ptx-seed", "0,1", "-n", "1")
     assert "8 failed, 4 passed" in report, report
+    # Versions of Triton name other lines of an expression.
+    race_at, bounds_at = (rf"PTX line \d+ \(test_kernels.py:{x}:\d+\)" for x in ("2[345]", "1[78]"))
     for test, error in (
-        ("race", r"reverse_kernel, PTX line \d+ \(test_kernels.py:25:\d+\).*race between warps"),
-        (
-            "bounds",
-            r"add_kernel, PTX line \d+ \(test_kernels.py:18:\d+\).*out of bounds at terms\[1\]",
-        ),
+        ("race", rf"reverse_kernel, {race_at}.*race between warps"),
+        ("bounds", rf"add_kernel, {bounds_at}.*out of bounds at terms\[1\]"),
         ("unwritten", r"add_kernel.*never written at terms\[1\]"),
         ("caught", r"add_kernel.*out of bounds at terms\[1\] \+ 508"),
     ):
