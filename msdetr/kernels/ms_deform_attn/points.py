@@ -175,6 +175,7 @@ def points_kernel(
                 grad_ys = grad_ys + (grad_y,)
                 grad_ws = grad_ws + (grad_w,)
             first = index * P + point
+            # Lanes of a row hold equal gradients, and store the same values to shared memory.
             pairs = tl.join(from_columns(grad_xs, GROUP), from_columns(grad_ys, GROUP))
             pairs = tl.reshape(pairs, (BLOCK_Q, 2 * GROUP))
             _store_group(grad_points + first * 2, pairs, (P - point) * 2, group.inside)

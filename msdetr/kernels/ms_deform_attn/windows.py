@@ -76,6 +76,7 @@ def _place_window(share, count, sizes, SIDE: tl.constexpr):
     for i in tl.static_range(sizes.P):
         sum_x += tl.where(share.inside, share.samples.x[i], 0.0)
         sum_y += tl.where(share.inside, share.samples.y[i], 0.0)
+    # Warps beyond the queries hold copies of the sums, and store the same values to shared memory.
     sum_x, sum_y = tl.reduce((sum_x, sum_y), 0, _add_pairs)
     x = tl.floor(sum_x / (count * sizes.P)) - (SIDE // 2 - 1)
     y = tl.floor(sum_y / (count * sizes.P)) - (SIDE // 2 - 1)
