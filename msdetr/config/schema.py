@@ -47,7 +47,14 @@ class ModelConfig:
     dropout: float = 0.1
     """Dropout probability in encoder and decoder."""
     num_queries: int = 300
-    """Object queries."""
+    """Object queries; with `extra_queries='group'`, those of each group."""
+    extra_queries: Literal["none", "hybrid", "group"] = "none"
+    """Queries that exist in training only: `hybrid` adds a set under one-to-many matching (H-DETR),
+    `group` repeats the object queries (Group DETR). No set sees another in self-attention."""
+    num_hybrid_queries: int = 1500
+    """Queries of the set that `extra_queries='hybrid'` adds."""
+    num_groups: int = 11
+    """Groups of object queries in training with `extra_queries='group'`."""
     position_embedding: Literal["sine", "learned"] = "sine"
     """Position code of the feature maps."""
     decoder_order: Literal["cross_self", "self_cross"] = "cross_self"
@@ -61,6 +68,10 @@ class ModelConfig:
     """Start queries from the encoder's best proposals instead of learned reference points."""
     box_refine: bool = True
     """Refine reference boxes layer by layer, with separate heads per layer."""
+    proposal_score: Literal["first_class", "best_class"] = "first_class"
+    """Two-stage: rank proposals by their first class logit and supervise all of them as "object"
+    (Deformable-DETR), or by their best class and supervise the selected ones with real labels
+    (DINO, Group DETR)."""
     mixed_selection: bool = False
     """Two-stage: learned query content, only the positions come from the proposals."""
     look_forward_twice: bool = False
@@ -80,6 +91,8 @@ class ModelConfig:
             "num_decoder_layers",
             "feedforward_dim",
             "num_queries",
+            "num_hybrid_queries",
+            "num_groups",
         )
         if not 1 <= self.num_levels <= 5:
             raise ValueError(f"num_levels must be 1 to 5, got {self.num_levels}")
@@ -96,6 +109,17 @@ class ModelConfig:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.mixed_selection and not self.two_stage:
             raise ValueError("mixed_selection selects encoder proposals: it needs two_stage")
+        if self.proposal_score == "best_class" and not self.two_stage:
+            raise ValueError("proposal_score ranks encoder proposals: it needs two_stage")
+        if (
+            self.extra_queries == "group"
+            and self.two_stage
+            and self.proposal_score != "best_class"
+        ):
+            raise ValueError(
+                "extra_queries='group' with two_stage needs proposal_score='best_class': each "
+                "group is supervised on the proposals that it selects"
+            )
         if self.look_forward_twice and not self.box_refine:
             raise ValueError("look_forward_twice concerns refined boxes: it needs box_refine")
         if self.one_to_many_ffn and self.one_to_many != "internal":
@@ -120,6 +144,8 @@ class AssignmentConfig:
     """Match encoder proposals by their anchors (MS-DETR) or predicted boxes (Deformable-DETR)."""
     encoder_cost_class: float = 0.0
     """Class cost of the encoder's match; box and GIoU costs are those above."""
+    hybrid_k: int = 6
+    """Hybrid queries: each target is matched with this many of them, at least total cost."""
     one_to_many_k: int = 6
     """One-to-many: at most this many queries per target."""
     one_to_many_threshold: float = 0.4
@@ -136,7 +162,7 @@ class AssignmentConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require_at_least(1, self, "one_to_many_k")
+        require_at_least(1, self, "hybrid_k", "one_to_many_k")
         require_fraction(self, "positive_fraction")
         require_at_least(
             0,
@@ -168,6 +194,14 @@ class LossConfig:
     """One-to-many L1 box loss."""
     one_to_many_giou_weight: float = 2.0
     """One-to-many GIoU loss."""
+    hybrid_class_weight: float = 2.0
+    """Focal loss of hybrid queries. H-DETR's lambda multiplies all three weights."""
+    hybrid_bbox_weight: float = 5.0
+    """L1 box loss of hybrid queries."""
+    hybrid_giou_weight: float = 2.0
+    """GIoU loss of hybrid queries."""
+    sum_group_losses: bool = False
+    """Groups of queries: add their losses up instead of averaging them."""
     encoder_class_weight: float = 2.0
     """Encoder (two-stage) focal loss."""
     encoder_bbox_weight: float = 5.0
