@@ -93,7 +93,7 @@ class Predictions(NamedTuple):
 
 def split_groups(x: Tensor, num_groups: int, *, dim: int) -> Tensor:
     """[..., B, groups * Q, ...] to [..., B * groups, Q, ...]; `dim` is that of the queries."""
-    return x.unflatten(dim, (num_groups, -1)).flatten(dim - 1, dim)
+    return torch.flatten(x.unflatten(dim, (num_groups, -1)), dim - 1, dim)
 
 
 class Branch(NamedTuple):

@@ -126,9 +126,9 @@ class SelfAttention(nn.Module):
         """Attention of P problems, [P, Q, C] each."""
 
         def split_heads(tensor: Tensor) -> Tensor:
-            return tensor.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            return tensor.view(*tensor.shape[:-1], self.num_heads, -1).transpose(1, 2)
 
-        attended = F.scaled_dot_product_attention(
+        attended: Tensor = F.scaled_dot_product_attention(
             split_heads(query),
             split_heads(key),
             split_heads(value),

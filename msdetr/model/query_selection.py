@@ -110,12 +110,12 @@ class ProposalQueries(QuerySelection):
         if config.mixed_selection:
             self.query_embed = nn.Embedding(self.num_embeddings, hidden_dim)
         further_groups = range(num_encoder_groups(config) - 1)
-        self.group_enc_output = nn.ModuleList(
-            nn.Linear(hidden_dim, hidden_dim) for _ in further_groups
-        )
-        self.group_enc_output_norm = nn.ModuleList(nn.LayerNorm(hidden_dim) for _ in further_groups)
-        for linear in self.group_enc_output:
+        self.group_enc_output, self.group_enc_output_norm = nn.ModuleList(), nn.ModuleList()
+        for _ in further_groups:
+            linear = nn.Linear(hidden_dim, hidden_dim)
             nn.init.xavier_uniform_(linear.weight)
+            self.group_enc_output.append(linear)
+            self.group_enc_output_norm.append(nn.LayerNorm(hidden_dim))
 
     def forward(self, memory: FeaturePyramid, heads: DetectionHeads) -> Queries:
         """The best proposals of each image of `memory`, in the order of their rank. The primary

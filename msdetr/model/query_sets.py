@@ -55,7 +55,8 @@ class QuerySets(NamedTuple):
         """[B, Q, ...] of all sets to a view [B, Q of the set, ...] of each."""
         if len(self.sets) == 1:
             return (x,)
-        return x.split([query_set.num_queries for query_set in self.sets], dim=1)
+        parts: tuple[Tensor, ...] = x.split([part.num_queries for part in self.sets], dim=1)
+        return parts
 
     def split_groups(self, x: Tensor) -> list[Tensor]:
         """[B, Q, ...] of all sets to [B * groups, group size, ...] of each, image-major."""
