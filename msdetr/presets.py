@@ -66,10 +66,9 @@ def _with_hybrid_queries(recipe: RunConfig) -> RunConfig:
 
 
 def _with_groups(recipe: RunConfig) -> RunConfig:
-    """Group DETR's queries. Each group is matched on the proposals that it selects."""
-    assignment = replace(recipe.assignment, encoder_match="predictions", encoder_cost_class=2.0)
+    """Group DETR's queries. The loss of the encoder is that of the proposals that they select."""
     model = replace(recipe.model, extra_queries="group", proposal_score="best_class")
-    return replace(recipe, model=model, assignment=assignment)
+    return replace(recipe, model=model)
 
 
 _TINY = RunConfig(
