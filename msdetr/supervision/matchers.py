@@ -82,10 +82,9 @@ class OneToOne:
             impl=context.impl,
         )
         labels = None if self.class_agnostic else targets.labels
-        query_index, mask, target_class = linear_assignment_of_layers(
-            cost, targets.count, labels, impl=context.impl
+        return Assignment(
+            *linear_assignment_of_layers(cost, targets.count, labels, impl=context.impl)
         )
-        return Assignment(query_index[..., None], mask[..., None], target_class)
 
 
 @dataclass(frozen=True, kw_only=True)
