@@ -77,11 +77,15 @@ class GoldenCase:
 
     def published_state_dict(self) -> dict[str, Tensor]:
         """Weights by the rule of the golden set, under their published names."""
-        refined = "--with_box_refine" in self.info["flags"]
         return {
-            name: _weight(_canonical(name, refined), shape)
+            name: _weight(canonical_name(name, self.info), shape)
             for name, shape in self.info["state_dict"].items()
         }
+
+    @cached_property
+    def grad_norms(self) -> dict[str, float]:
+        """Gradient norms by published name, of the parameters that get a gradient."""
+        return {name: norm for name, norm in self.info["grad_norms"].items() if norm is not None}
 
 
 def published_values(terms: dict[str, Tensor]) -> dict[str, float]:
@@ -113,12 +117,19 @@ def golden_models() -> dict[str, dict[str, Any]]:
     }
 
 
-def _canonical(name: str, refined: bool) -> str:
+def canonical_name(name: str, info: dict[str, Any]) -> str:
+    """The one name of a tensor of which a published state dict lists several copies.
+
+    From the map of the case, or in cases without one from the rule for MS-DETR.
+    """
+    if "canonical" in info:
+        return info["canonical"].get(name, name)
     for head in ("bbox_embed.", "class_embed."):
         name = name.replace(f"transformer.decoder.{head}", head)
     name = name.replace("bbox_embed_o2m.", "bbox_embed.")
     first, _, rest = name.partition(".")
-    if not refined and first in ("bbox_embed", "class_embed", "class_embed_o2m"):
+    shared = "--with_box_refine" not in info["flags"]
+    if shared and first in ("bbox_embed", "class_embed", "class_embed_o2m"):
         name = f"{first}.0.{rest.partition('.')[2]}"
     return name
 
