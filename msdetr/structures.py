@@ -53,6 +53,12 @@ class Targets(NamedTuple):
         slots = torch.arange(self.labels.shape[1], device=self.labels.device)
         return slots < self.count[:, None]
 
+    def repeated(self, times: int) -> Targets:
+        """Targets of B * times images: those of each image, `times` times in a row."""
+        if times == 1:
+            return self
+        return Targets(*(x[:, None].expand(-1, times, *x.shape[1:]).flatten(0, 1) for x in self))
+
 
 class Batch(NamedTuple):
     """One step's input."""
@@ -85,29 +91,51 @@ class Predictions(NamedTuple):
     """[N, B, Q, 4] in [0, 1]"""
 
 
+def split_groups(x: Tensor, num_groups: int, *, dim: int) -> Tensor:
+    """[..., B, groups * Q, ...] to [..., B * groups, Q, ...]; `dim` is that of the queries."""
+    return torch.flatten(x.unflatten(dim, (num_groups, -1)), dim - 1, dim)
+
+
 class Branch(NamedTuple):
     """Predictions that are supervised together, of queries of their own or shared with others."""
 
     predictions: Predictions
-    """N layers, Q queries."""
+    """N layers, Q queries of all groups."""
     anchors: Tensor | None = None
     """[B, Q, 4] boxes (cxcywh) that the predictions start from, where a matcher may read them."""
+    num_groups: int = 1
+    """Groups of equal size, one after the other in Q. Each is matched with all targets."""
+
+    def groups_as_images(self) -> Branch:
+        """The same predictions as those of B * groups images with one group each, image-major."""
+        if self.num_groups == 1:
+            return self
+        logits, boxes = (split_groups(x, self.num_groups, dim=2) for x in self.predictions)
+        anchors = self.anchors
+        if anchors is not None:
+            anchors = split_groups(anchors, self.num_groups, dim=1)
+        return Branch(Predictions(logits, boxes), anchors)
 
 
 class DetectorOutput(NamedTuple):
     """Output of the detector: branches by name, the same names for every batch.
 
-    - `one_to_one`: the decoder layers, always there.
+    - `one_to_one`: the decoder layers, always there. Group DETR trains several groups.
     - `one_to_many`: the same queries under one-to-many supervision, in training where configured.
+    - `hybrid`: the decoder layers for the extra queries of H-DETR, in training.
     - `encoder`: two-stage proposals with their anchors, in training; N = 1, Q = S.
+    - `encoder_selected`: the selected proposals instead, where they are selected by best class.
     """
 
     branches: dict[str, Branch]
 
     @property
     def one_to_one(self) -> Predictions:
-        """Predictions of the decoder layers. The last layer's are the detector's result."""
-        return self.branches["one_to_one"].predictions
+        """Predictions of the decoder layers for the queries that infer: those of the first group.
+        The last layer's are the detector's result."""
+        (logits, boxes), _, num_groups = self.branches["one_to_one"]
+        group_size = logits.shape[2] // num_groups
+        return Predictions(logits[:, :, :group_size], boxes[:, :, :group_size])
 
 
 class Assignment(NamedTuple):

@@ -111,11 +111,7 @@ class ModelConfig:
             raise ValueError("mixed_selection selects encoder proposals: it needs two_stage")
         if self.proposal_score == "best_class" and not self.two_stage:
             raise ValueError("proposal_score ranks encoder proposals: it needs two_stage")
-        if (
-            self.extra_queries == "group"
-            and self.two_stage
-            and self.proposal_score != "best_class"
-        ):
+        if self.extra_queries == "group" and self.two_stage and self.proposal_score != "best_class":
             raise ValueError(
                 "extra_queries='group' with two_stage needs proposal_score='best_class': each "
                 "group is supervised on the proposals that it selects"

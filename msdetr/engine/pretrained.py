@@ -118,6 +118,7 @@ def start_from_weights(model: Detector, path: Path, config: RunConfig) -> list[s
 
 
 def _class_head_names(model: Detector) -> list[str]:
-    modules = (model.heads.class_embed, model.heads.one_to_many_class_embed)
-    heads = {id(p) for module in modules if module is not None for p in module.parameters()}
-    return [name for name, parameter in model.named_parameters() if id(parameter) in heads]
+    heads = model.heads
+    modules = (heads.class_embed, heads.group_class_embed, heads.one_to_many_class_embed)
+    found = {id(p) for module in modules if module is not None for p in module.parameters()}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in found]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from msdetr.model.query_sets import QuerySets
 from msdetr.ops.dispatch import Impl
 from msdetr.ops.ms_deform_attn import ms_deform_attn_fused
 from msdetr.structures import SpatialShapes
@@ -82,7 +83,7 @@ class MSDeformAttn(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention among queries; the position code enters query and key, not value.
+    """Multi-head attention within groups of queries; the position code enters query and key.
 
     Parameter names and initialisation are those of `torch.nn.MultiheadAttention`.
     """
@@ -98,22 +99,39 @@ class SelfAttention(nn.Module):
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, query_pos: Tensor) -> Tensor:
-        """Attend among `x` [B, Q, C] with position codes `query_pos` [B, Q, C]: [B, Q, C]."""
+    def forward(self, x: Tensor, query_pos: Tensor, sets: QuerySets) -> Tensor:
+        """Attend within each group of `sets`.
+
+        Args:
+            x: [B, Q, C] queries of all sets.
+            query_pos: [B, Q, C] position codes.
+            sets: how the queries are grouped.
+
+        Returns:
+            [B, Q, C]
+        """
         channels = x.shape[-1]
         weight_qk, weight_v = self.in_proj_weight.split((2 * channels, channels))
         bias_qk, bias_v = self.in_proj_bias.split((2 * channels, channels))
         query, key = F.linear(x + query_pos, weight_qk, bias_qk).chunk(2, dim=-1)
         value = F.linear(x, weight_v, bias_v)
+        parts = zip(*map(sets.split_groups, (query, key, value)), strict=True)
+        attended = [self._attend(*part).view(len(x), -1, channels) for part in parts]
+        output: Tensor = self.out_proj(
+            attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
+        )
+        return output
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of P problems, [P, Q, C] each."""
 
         def split_heads(tensor: Tensor) -> Tensor:
             return tensor.view(*tensor.shape[:-1], self.num_heads, -1).transpose(1, 2)
 
-        attended = F.scaled_dot_product_attention(
+        attended: Tensor = F.scaled_dot_product_attention(
             split_heads(query),
             split_heads(key),
             split_heads(value),
             dropout_p=self.dropout if self.training else 0.0,
         )
-        output: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
-        return output
+        return attended.transpose(1, 2).flatten(2)

@@ -14,7 +14,18 @@ from msdetr.model.geometry import level_valid_ratios, refine_boxes
 from msdetr.model.heads import DetectionHeads, LayerHeads
 from msdetr.model.layers import Dropout, FeedForward
 from msdetr.model.query_selection import Queries
+from msdetr.model.query_sets import PRIMARY, QuerySets
 from msdetr.structures import Branch, FeaturePyramid, Predictions
+
+
+class LayerOutput(NamedTuple):
+    """Hidden states of one decoder layer."""
+
+    x: Tensor
+    """[B, Q, C], all queries."""
+    one_to_many: Tensor | None
+    """[B, primary Q, C], taken after the first attention; None without internal one-to-many
+    supervision, and in inference."""
 
 
 class DecoderLayer(nn.Module):
@@ -50,33 +61,32 @@ class DecoderLayer(nn.Module):
         reference: Tensor,
         valid_ratios: Tensor,
         memory: FeaturePyramid,
-    ) -> dict[str, Tensor]:
+        sets: QuerySets,
+    ) -> LayerOutput:
         """One layer.
 
         Args:
-            x: [B, Q, C] queries.
+            x: [B, Q, C] queries of all sets.
             query_pos: [B, Q, C]
             reference: [B, Q, 2 or 4] points or boxes, fractions of the valid image.
             valid_ratios: [B, L, 2], valid share of (width, height) of the padded maps.
             memory: encoded tokens.
-
-        Returns:
-            [B, Q, C] hidden states by branch: `one_to_one` is the layer's output. In training,
-            internal one-to-many supervision adds `one_to_many`, taken after the first attention.
+            sets: of the queries.
         """
         repeats = reference.shape[-1] // 2
         reference_points = reference[:, :, None] * valid_ratios.repeat(1, 1, repeats)[:, None]
         if self.cross_first:
             first = self._attend_image(x, query_pos, reference_points, memory)
-            second = self._attend_queries(first, query_pos)
+            second = self._attend_queries(first, query_pos, sets)
         else:
-            first = self._attend_queries(x, query_pos)
+            first = self._attend_queries(x, query_pos, sets)
             second = self._attend_image(first, query_pos, reference_points, memory)
-        states = {"one_to_one": self.ffn(second)}
+        one_to_many = None
         if self.training and self.internal_one_to_many:
+            primary = sets.split(first)[0]
             ffn = self.one_to_many_ffn
-            states["one_to_many"] = first if ffn is None else ffn(first)
-        return states
+            one_to_many = primary if ffn is None else ffn(primary)
+        return LayerOutput(self.ffn(second), one_to_many)
 
     def _attend_image(
         self, x: Tensor, query_pos: Tensor, reference_points: Tensor, memory: FeaturePyramid
@@ -91,8 +101,8 @@ class DecoderLayer(nn.Module):
         output: Tensor = self.cross_attn_norm(x + self.cross_attn_dropout(attended))
         return output
 
-    def _attend_queries(self, x: Tensor, query_pos: Tensor) -> Tensor:
-        attended = self.self_attn(x, query_pos)
+    def _attend_queries(self, x: Tensor, query_pos: Tensor, sets: QuerySets) -> Tensor:
+        attended = self.self_attn(x, query_pos, sets)
         output: Tensor = self.self_attn_norm(x + self.self_attn_dropout(attended))
         return output
 
@@ -124,60 +134,73 @@ class Decoder(nn.Module):
     def forward(
         self, queries: Queries, memory: FeaturePyramid, heads: DetectionHeads
     ) -> dict[str, Branch]:
-        """Predictions of all layers by branch: `one_to_one`, and in training `one_to_many` where
-        configured."""
+        """Predictions of all layers by branch: one branch per set of queries, and in training
+        `one_to_many` where configured."""
+        sets = queries.sets
         ratios = level_valid_ratios(memory.spatial_shapes, memory.valid_sizes)
         x = queries.content
         reference = Reference(queries.reference, queries.reference)
         predictions: list[dict[str, Predictions]] = []
         for index, layer in enumerate(self.layers):
-            states = call_module(
+            output = call_module(
                 layer,
                 x,
                 queries.query_pos,
                 reference.start,
                 ratios,
                 memory,
+                sets,
                 activation_checkpointing=self.activation_checkpointing,
                 has_dropout=self.dropout > 0,
             )
-            x = states["one_to_one"]
-            branches, reference = self.predict(heads.of_layer(index), states, reference)
+            x = output.x
+            branches, reference = self.predict(heads.of_layer(index), output, reference, sets)
             predictions.append(branches)
+        num_groups = {query_set.branch: query_set.num_groups for query_set in sets.sets}
         return {
             name: Branch(
                 Predictions(
                     torch.stack([branches[name].logits for branches in predictions]),
                     torch.stack([branches[name].boxes for branches in predictions]),
-                )
+                ),
+                num_groups=num_groups.get(name, sets.primary.num_groups),
             )
             for name in predictions[0]
         }
 
     def predict(
-        self, heads: LayerHeads, states: dict[str, Tensor], reference: Reference
+        self, heads: LayerHeads, output: LayerOutput, reference: Reference, sets: QuerySets
     ) -> tuple[dict[str, Predictions], Reference]:
         """Predictions of one layer, and the reference of the next one.
 
         Args:
             heads: of the layer.
-            states: [B, Q, C] hidden states by branch.
+            output: of the layer.
             reference: where the layer started.
+            sets: of the queries.
 
         Returns:
             Logits [B, Q, K] and boxes [B, Q, 4] by branch, and the next layer's reference.
         """
-        x = states["one_to_one"]
+        x, one_to_many = output
         delta = heads.box(x)
         boxes = refine_boxes(delta, reference.loss)
-        predictions = {"one_to_one": Predictions(heads.classes["one_to_one"](x), boxes)}
-        for name, state in states.items():
-            if name != "one_to_one":
-                branch_boxes = refine_boxes(heads.box(state), reference.loss)
-                predictions[name] = Predictions(heads.classes[name](state), branch_boxes)
+        fields = map(sets.split, (heads.classes["one_to_one"](x), boxes))
+        predictions = {
+            query_set.branch: Predictions(*prediction)
+            for query_set, *prediction in zip(sets.sets, *fields, strict=True)
+        }
+        if one_to_many is not None:
+            start = sets.split(reference.loss)[0]
+            predictions["one_to_many"] = Predictions(
+                heads.classes["one_to_many"](one_to_many),
+                refine_boxes(heads.box(one_to_many), start),
+            )
         if self.training and self.one_to_many_at_output:
             # The same hidden state and box head give the same boxes.
-            predictions["one_to_many"] = Predictions(heads.classes["one_to_many"](x), boxes)
+            predictions["one_to_many"] = Predictions(
+                heads.classes["one_to_many"](sets.split(x)[0]), predictions[PRIMARY].boxes
+            )
         if not self.box_refine:
             return predictions, reference
         if self.look_forward_twice:

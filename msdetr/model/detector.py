@@ -58,8 +58,8 @@ class Detector(nn.Module):
             images: uint8 pixels are normalised here; floating-point pixels are used unchanged.
 
         Returns:
-            Predictions of all decoder layers. In training mode also those of the one-to-many branch
-            and of the encoder, where configured.
+            Predictions of all decoder layers. In training mode also those of the one-to-many
+            branch, of extra queries and of the encoder, where configured.
 
         Raises:
             ValueError: two-stage, and the images have fewer tokens than there are queries.
@@ -69,9 +69,7 @@ class Detector(nn.Module):
         memory = self.encoder(pyramid, pos)
         queries = self.query_selection(memory, self.heads)
         branches = self.decoder(queries, memory, self.heads)
-        if queries.proposals is not None:
-            branches["encoder"] = queries.proposals
-        return DetectorOutput(branches)
+        return DetectorOutput(branches | queries.proposals)
 
     def checkpoint_activations(self, parts: Literal["none", "encoder", "all"]) -> None:
         """Choose the modules whose activations are recomputed in the backward pass.

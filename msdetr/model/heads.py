@@ -7,10 +7,11 @@ import math
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from msdetr.config import ModelConfig
 from msdetr.model.layers import MLP
+from msdetr.model.query_sets import num_encoder_groups
 
 PRIOR_PROBABILITY = 0.01
 """Initial class probability, so that the focal loss of background starts low (RetinaNet, 4.1)."""
@@ -25,15 +26,26 @@ class LayerHeads(NamedTuple):
     """[..., C] to box steps [..., 4] for `refine_boxes`; shared by all branches."""
 
 
+class EncoderHeads(NamedTuple):
+    """Heads of the encoder's proposals."""
+
+    classes: nn.Module
+    """[..., C] to logits [..., K]."""
+    box: nn.Module
+    """[..., C] to box steps [..., 4] in logit space."""
+
+
 class DetectionHeads(nn.Module):
     """Heads per decoder layer with box refinement, one shared pair of heads without it.
 
-    With two stages, index `num_decoder_layers` is the encoder's.
+    With two stages, index `num_decoder_layers` is the encoder's. The further groups of Group DETR
+    have heads of their own for the encoder, which exist in training only.
     """
 
     def __init__(self, config: ModelConfig, num_classes: int) -> None:
         super().__init__()
         hidden_dim = config.hidden_dim
+        self.encoder_head = config.num_decoder_layers
         num_heads = config.num_decoder_layers + int(config.two_stage) if config.box_refine else 1
 
         class_head = nn.Linear(hidden_dim, num_classes)
@@ -55,15 +67,20 @@ class DetectionHeads(nn.Module):
                 copy.deepcopy(class_head) for _ in range(num_heads)
             )
 
-    def class_logits(self, layer: int, hidden_state: Tensor) -> Tensor:
-        """[..., C] to class logits [..., K]."""
-        logits: Tensor = _of_layer(self.class_embed, layer)(hidden_state)
-        return logits
+        num_groups = num_encoder_groups(config)
+        self.group_class_embed, self.group_bbox_embed = (
+            nn.ModuleList(copy.deepcopy(head) for _ in range(num_groups - 1))
+            for head in (class_head, box_head)
+        )
 
-    def box_delta(self, layer: int, hidden_state: Tensor) -> Tensor:
-        """[..., C] to box steps [..., 4] for `refine_boxes`."""
-        delta: Tensor = _of_layer(self.bbox_embed, layer)(hidden_state)
-        return delta
+    def of_encoder(self, group: int = 0) -> EncoderHeads:
+        """Heads of the encoder's proposals for a group of queries."""
+        if group > 0:
+            return EncoderHeads(self.group_class_embed[group - 1], self.group_bbox_embed[group - 1])
+        return EncoderHeads(
+            _of_layer(self.class_embed, self.encoder_head),
+            _of_layer(self.bbox_embed, self.encoder_head),
+        )
 
     def of_layer(self, layer: int) -> LayerHeads:
         """Heads of a decoder layer. Branches share the class head unless they have their own."""

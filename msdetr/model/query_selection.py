@@ -12,6 +12,7 @@ from msdetr.config import ModelConfig
 from msdetr.model.geometry import cell_centers
 from msdetr.model.heads import DetectionHeads
 from msdetr.model.position_embedding import proposal_position_code
+from msdetr.model.query_sets import QuerySets, num_encoder_groups, query_sets
 from msdetr.ops.ms_deform_attn import padding_mask
 from msdetr.structures import Branch, FeaturePyramid, Predictions, SpatialShapes
 
@@ -25,44 +26,79 @@ class Queries(NamedTuple):
     """[B, Q, C]"""
     reference: Tensor
     """[B, Q, 2] points or [B, Q, 4] boxes (cxcywh), fractions of the valid image."""
-    proposals: Branch | None = None
-    """All encoder proposals (N = 1, Q = S) with their anchors, in training with two stages."""
+    sets: QuerySets
+    """How the queries are grouped."""
+    proposals: dict[str, Branch]
+    """Supervised proposals of the encoder by branch, in training with two stages."""
 
 
-class EmbeddedQueries(nn.Module):
-    """One-stage: learned content, position and, from the position, reference points."""
+class QuerySelection(nn.Module):
+    """The sets of queries of a configuration: all in training, the primary one in inference."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.query_embed = nn.Embedding(config.num_queries, config.hidden_dim * 2)
+        self._training_sets, self._inference_sets = (
+            query_sets(config, training=training) for training in (True, False)
+        )
+        self.num_embeddings = self._training_sets.num_queries
+
+    @property
+    def sets(self) -> QuerySets:
+        """The sets of the module's mode."""
+        return self._training_sets if self.training else self._inference_sets
+
+    def of_mode(self, embeddings: nn.Embedding) -> Tensor:
+        """Rows of the sets of the module's mode, [Q, ...] of [num_embeddings, ...]."""
+        return embeddings.weight[: self.sets.num_queries]
+
+
+class EmbeddedQueries(QuerySelection):
+    """One-stage: learned content, position and, from the position, reference points."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.query_embed = nn.Embedding(self.num_embeddings, config.hidden_dim * 2)
         self.reference_points = nn.Linear(config.hidden_dim, 2)
         nn.init.xavier_uniform_(self.reference_points.weight)
         nn.init.zeros_(self.reference_points.bias)
 
     def forward(self, memory: FeaturePyramid, heads: DetectionHeads) -> Queries:
         """The same queries for every image of `memory`."""
-        query_pos, content = self.query_embed.weight.chunk(2, dim=-1)
+        query_pos, content = self.of_mode(self.query_embed).chunk(2, dim=-1)
         reference = at_least_float32(self.reference_points(query_pos)).sigmoid()
         batch = memory.tokens.shape[0]
 
         def repeat(x: Tensor) -> Tensor:
             return x.expand(batch, -1, -1)
 
-        return Queries(repeat(content), repeat(query_pos), repeat(reference))
+        return Queries(repeat(content), repeat(query_pos), repeat(reference), self.sets, {})
 
 
-class ProposalQueries(nn.Module):
+class Candidates(NamedTuple):
+    """The encoder's tokens, before proposals are selected."""
+
+    tokens: Tensor
+    """[B, S, C], zero where a token proposes nothing."""
+    anchor_logits: Tensor
+    """[B, S, 4], see `proposal_anchors`."""
+
+
+class ProposalQueries(QuerySelection):
     """Two-stage: every token proposes a box around itself, the best become queries.
 
-    The published code ranks proposals by the first class logit and trains that class as "object"
-    for all targets; the other channels learn background. Checkpoints depend on it.
+    `proposal_score='first_class'`: the published code of Deformable-DETR ranks proposals by the
+    first class logit and trains that class as "object" for all targets; the other channels learn
+    background. Checkpoints depend on it.
+
+    `best_class`: proposals are ranked by their best class, and the selected ones are supervised
+    with real labels. Each group of queries has its own projection, normalisation and heads, and
+    selects its own proposals.
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         hidden_dim = config.hidden_dim
-        self.num_queries = config.num_queries
-        self.encoder_head = config.num_decoder_layers
+        self.by_best_class = config.proposal_score == "best_class"
         self.reference_points = None
         self.enc_output = nn.Linear(hidden_dim, hidden_dim)
         self.enc_output_norm = nn.LayerNorm(hidden_dim)
@@ -72,45 +108,106 @@ class ProposalQueries(nn.Module):
         nn.init.xavier_uniform_(self.pos_trans.weight)
         self.query_embed: nn.Embedding | None = None
         if config.mixed_selection:
-            self.query_embed = nn.Embedding(config.num_queries, hidden_dim)
+            self.query_embed = nn.Embedding(self.num_embeddings, hidden_dim)
+        further_groups = range(num_encoder_groups(config) - 1)
+        self.group_enc_output, self.group_enc_output_norm = nn.ModuleList(), nn.ModuleList()
+        for _ in further_groups:
+            linear = nn.Linear(hidden_dim, hidden_dim)
+            nn.init.xavier_uniform_(linear.weight)
+            self.group_enc_output.append(linear)
+            self.group_enc_output_norm.append(nn.LayerNorm(hidden_dim))
 
     def forward(self, memory: FeaturePyramid, heads: DetectionHeads) -> Queries:
-        """The `num_queries` best proposals of each image of `memory`.
+        """The best proposals of each image of `memory`, in the order of their rank. The primary
+        set has the first ones, the next set those that follow.
 
         Raises:
-            ValueError: the image has fewer tokens than there are queries.
+            ValueError: the image has fewer tokens than a selection needs.
         """
+        sets = self.sets
         num_tokens = memory.tokens.shape[1]
-        if num_tokens < self.num_queries:
+        num_selected = sets.num_queries // sets.primary.num_groups
+        if num_tokens < num_selected:
             raise ValueError(
-                f"{self.num_queries} queries cannot be chosen from {num_tokens} tokens "
-                f"(levels {memory.spatial_shapes}): use larger images or fewer num_queries"
+                f"{num_selected} queries cannot be chosen from {num_tokens} tokens "
+                f"(levels {memory.spatial_shapes}): use larger images or fewer queries"
             )
         anchor_logits, valid = proposal_anchors(memory.spatial_shapes, memory.valid_sizes)
-        tokens = self.enc_output_norm(
-            self.enc_output(memory.tokens.masked_fill(~valid[..., None], 0.0))
-        )
-        logits = heads.class_logits(self.encoder_head, tokens)  # [B, S, K]
-        best = logits[..., 0].topk(self.num_queries, dim=1).indices[..., None]
-
-        proposals = None
-        if self.training:
-            delta = heads.box_delta(self.encoder_head, tokens)
-            boxes = (at_least_float32(delta) + anchor_logits).sigmoid()  # [B, S, 4]
-            reference = boxes.detach().gather(1, best.expand(-1, -1, 4))
-            proposals = Branch(Predictions(logits[None], boxes[None]), anchor_logits.sigmoid())
-        else:  # Only the chosen boxes are needed.
-            chosen = tokens.gather(1, best.expand(-1, -1, tokens.shape[-1]))
-            delta = heads.box_delta(self.encoder_head, chosen)
-            reference = at_least_float32(delta) + anchor_logits.gather(1, best.expand(-1, -1, 4))
-            reference = reference.sigmoid()
+        tokens = memory.tokens.masked_fill(~valid[..., None], 0.0)
+        candidates = Candidates(tokens, anchor_logits)
+        if self.by_best_class:
+            reference, branches = self._select_by_best_class(candidates, heads, num_selected)
+        else:
+            reference, branches = self._select_by_first_class(candidates, heads, num_selected)
 
         code = proposal_position_code(reference, self.enc_output.out_features // 2)
         embedding = self.pos_trans_norm(self.pos_trans(code.to(self.pos_trans.weight.dtype)))
         query_pos, content = embedding.chunk(2, dim=-1)
         if self.query_embed is not None:
-            content = self.query_embed.weight.expand(len(tokens), -1, -1)
-        return Queries(content, query_pos, reference, proposals)
+            content = self.of_mode(self.query_embed).expand(len(tokens), -1, -1)
+        return Queries(content, query_pos, reference, sets, branches)
+
+    def _select_by_first_class(
+        self, candidates: Candidates, heads: DetectionHeads, num_selected: int
+    ) -> tuple[Tensor, dict[str, Branch]]:
+        """References [B, Q, 4], and in training the branch of all proposals."""
+        class_head, box_head = heads.of_encoder()
+        tokens = self._project(candidates.tokens)
+        logits = class_head(tokens)  # [B, S, K]
+        best = logits[..., 0].topk(num_selected, dim=1).indices
+        if not self.training:
+            # Only the chosen boxes are needed.
+            return self._boxes(candidates, best, box_head(_gather(tokens, best))), {}
+        boxes = (at_least_float32(box_head(tokens)) + candidates.anchor_logits).sigmoid()
+        branch = Branch(Predictions(logits[None], boxes[None]), candidates.anchor_logits.sigmoid())
+        return _gather(boxes.detach(), best), {"encoder": branch}
+
+    def _select_by_best_class(
+        self, candidates: Candidates, heads: DetectionHeads, num_selected: int
+    ) -> tuple[Tensor, dict[str, Branch]]:
+        """References [B, Q, 4], and in training the branch of the proposals of the primary set.
+
+        Only selected tokens have gradients, so that the others leave nothing for the backward pass.
+        """
+        logits, boxes = [], []
+        for group in range(self.sets.primary.num_groups):
+            class_head, box_head = heads.of_encoder(group)
+            with torch.no_grad():
+                score = class_head(self._project(candidates.tokens, group)).amax(-1)
+                best = score.topk(num_selected, dim=1).indices
+            tokens = self._project(_gather(candidates.tokens, best), group)
+            boxes.append(self._boxes(candidates, best, box_head(tokens)))
+            if self.training:
+                logits.append(class_head(tokens))
+        reference = torch.cat(boxes, dim=1).detach()
+        if not self.training:
+            return reference, {}
+        group_size = self.sets.primary.group_size
+        selected = Predictions(
+            *(
+                torch.cat([group[:, :group_size] for group in groups], dim=1)[None]
+                for groups in (logits, boxes)
+            )
+        )
+        return reference, {"encoder_selected": Branch(selected, num_groups=len(boxes))}
+
+    def _project(self, tokens: Tensor, group: int = 0) -> Tensor:
+        """Tokens [B, S, C] as the heads of a group read them."""
+        linear: nn.Module = self.enc_output
+        norm: nn.Module = self.enc_output_norm
+        if group > 0:
+            linear, norm = self.group_enc_output[group - 1], self.group_enc_output_norm[group - 1]
+        output: Tensor = norm(linear(tokens))
+        return output
+
+    def _boxes(self, candidates: Candidates, index: Tensor, delta: Tensor) -> Tensor:
+        """Boxes [B, Q, 4] of tokens `index` [B, Q], from their predicted steps [B, Q, 4]."""
+        return (at_least_float32(delta) + _gather(candidates.anchor_logits, index)).sigmoid()
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens `index` [B, Q] of `x` [B, S, C]: [B, Q, C]."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def proposal_anchors(spatial_shapes: SpatialShapes, valid_sizes: Tensor) -> tuple[Tensor, Tensor]:

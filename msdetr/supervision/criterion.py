@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from msdetr.config import AssignmentConfig, LossConfig
 from msdetr.ops.dispatch import Impl
-from msdetr.structures import Assignment, Branch, DetectorOutput, Predictions, Targets
+from msdetr.structures import (
+    Assignment,
+    Branch,
+    DetectorOutput,
+    Predictions,
+    Targets,
+    split_groups,
+)
 from msdetr.supervision.losses import LOSS_TERMS, loss_inputs
 from msdetr.supervision.matchers import MatchContext
 from msdetr.supervision.objectives import Objective, build_objectives
@@ -37,11 +44,23 @@ def add_losses(losses: Sequence[LossOutput]) -> LossOutput:
     return LossOutput(torch.stack([chunk.total for chunk in losses]).sum(), terms)
 
 
+class Supervised(NamedTuple):
+    """A branch as its objective sees it. Each group of queries is one more image of the batch."""
+
+    objective: Objective
+    num_groups: int
+    branch: Branch
+    """The supervised layers, for B * groups images."""
+    targets: Targets
+    """Of B * groups images."""
+
+
 class Criterion(nn.Module):
     """Matches each branch with the targets and sums the weighted losses.
 
     All losses are divided by the number of targets, not of positives: a one-to-many loss sums up
-    to k pairs per target, as in the published recipe.
+    to k pairs per target, as in the published recipe. A target counts once for each group of
+    queries, unless `LossConfig.sum_group_losses` is set.
     """
 
     def __init__(
@@ -91,13 +110,22 @@ class Criterion(nn.Module):
         """
         if num_targets is None:
             num_targets = targets.count.sum()
-        normalizer = num_targets.to(torch.promote_types(output.one_to_one.boxes.dtype, torch.float))
-        normalizer = normalizer.clamp(min=1.0)
-        assignments = self.assign(output, targets, priority=priority, generator=generator)
+        num_targets = num_targets.to(
+            torch.promote_types(output.one_to_one.boxes.dtype, torch.float)
+        )
+        if priority is None:
+            priority = self.draw_priority(output, generator)
+        supervised = self._supervised(output, targets)
+        assignments = self._assign(supervised, priority)
         weighted, terms = [], {}
-        for objective, branch in self._supervised(output):
+        for objective, num_groups, branch, branch_targets in supervised:
             assignment = assignments[objective.branch]
-            inputs = loss_inputs(branch.predictions, targets, assignment, self.loss, impl=self.impl)
+            inputs = loss_inputs(
+                branch.predictions, branch_targets, assignment, self.loss, impl=self.impl
+            )
+            groups_counted = 1 if self.loss.sum_group_losses else num_groups
+            normalizer = num_targets * (objective.targets_repeated * groups_counted)
+            normalizer = normalizer.clamp(min=1.0)
             for term, weight in objective.weights.items():
                 values = LOSS_TERMS[term](inputs) / normalizer
                 weighted.append(weight * values.sum())
@@ -112,14 +140,14 @@ class Criterion(nn.Module):
         For `forward`, outside of compiled code, which cannot use a generator.
         """
         priority = {}
-        for objective, branch in self._supervised(output):
-            if getattr(objective.matcher, "is_random", False):
-                logits = branch.predictions.logits
+        for objective in self.objectives:
+            branch = output.branches.get(objective.branch)
+            if branch is not None and getattr(objective.matcher, "is_random", False):
+                logits = branch.predictions.logits[objective.layers]
                 drawn = torch.rand(logits.shape[:3], device=logits.device, generator=generator)
                 priority[objective.branch] = drawn
         return priority
 
-    @torch.no_grad()
     def assign(
         self,
         output: DetectorOutput,
@@ -128,28 +156,47 @@ class Criterion(nn.Module):
         priority: Mapping[str, Tensor] | None = None,
         generator: torch.Generator | None = None,
     ) -> dict[str, Assignment]:
-        """Assignments of all supervised branches by name; the arguments are those of `forward`."""
-        assignments: dict[str, Assignment] = {}
+        """Assignments of all supervised branches by name; the arguments are those of `forward`.
+
+        Those of a branch with groups are for B * groups images, image-major.
+        """
         if priority is None:
             priority = self.draw_priority(output, generator)
-        for objective, branch in self._supervised(output):
+        return self._assign(self._supervised(output, targets), priority)
+
+    @torch.no_grad()
+    def _assign(
+        self, supervised: Sequence[Supervised], priority: Mapping[str, Tensor]
+    ) -> dict[str, Assignment]:
+        assignments: dict[str, Assignment] = {}
+        for objective, num_groups, branch, targets in supervised:
             order = priority.get(objective.branch)
-            if order is not None and order.dim() == 3:
-                order = order[objective.layers]
+            if order is not None:
+                if order.dim() == 3:
+                    order = order[objective.layers]
+                order = split_groups(order, num_groups, dim=order.dim() - 1)
             context = MatchContext(assignments, order, self.impl)
             assignments[objective.branch] = objective.matcher(branch, targets, context)
         return assignments
 
-    def _supervised(self, output: DetectorOutput) -> list[tuple[Objective, Branch]]:
-        """Objectives whose branch the output has, with the supervised layers of that branch."""
+    def _supervised(self, output: DetectorOutput, targets: Targets) -> list[Supervised]:
+        """Objectives whose branch the output has, in the order of the objectives."""
         names = [objective.branch for objective in self.objectives]
         if unsupervised := output.branches.keys() - set(names):
             raise ValueError(f"no objective supervises {', '.join(sorted(unsupervised))}")
+        repeated: dict[int, Targets] = {}  # by number of groups: copied once
         supervised = []
         for objective in self.objectives:
             branch = output.branches.get(objective.branch)
             if branch is not None:
                 logits, boxes = (x[objective.layers] for x in branch.predictions)
                 branch = branch._replace(predictions=Predictions(logits, boxes))
-                supervised.append((objective, branch))
+                num_groups = branch.num_groups
+                if num_groups not in repeated:
+                    repeated[num_groups] = targets.repeated(num_groups)
+                supervised.append(
+                    Supervised(
+                        objective, num_groups, branch.groups_as_images(), repeated[num_groups]
+                    )
+                )
         return supervised

@@ -46,10 +46,13 @@ class Matcher(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneToOne:
-    """One query per target at least total cost (Carion et al., DETR, eq. 1).
+class Hungarian:
+    """k queries per target at least total cost, and one target per query at most.
 
-    The costs are those of `msdetr.ops.matching_cost`.
+    With k = 1 the matching of DETR (Carion et al., eq. 1). Larger k are H-DETR's matching with
+    targets that are repeated k times (arXiv:2207.13080, section 3.2). Where the targets need more
+    queries than there are, some places stay empty. The costs are those of
+    `msdetr.ops.matching_cost`.
     """
 
     cost_class: float
@@ -59,9 +62,11 @@ class OneToOne:
     """All targets have class 0, "object", whatever their labels."""
     by_anchors: bool = False
     """Match the anchors of the branch instead of its predicted boxes."""
+    k: int = 1
+    """Queries per target."""
 
     def __call__(self, branch: Branch, targets: Targets, context: MatchContext) -> Assignment:
-        """Assignment with one place per target.
+        """Assignment with k places per target.
 
         Raises:
             ValueError: `by_anchors` is set and the branch has no anchors.
@@ -82,10 +87,11 @@ class OneToOne:
             impl=context.impl,
         )
         labels = None if self.class_agnostic else targets.labels
-        query_index, mask, target_class = linear_assignment_of_layers(
-            cost, targets.count, labels, impl=context.impl
+        return Assignment(
+            *linear_assignment_of_layers(
+                cost, targets.count, labels, copies=self.k, impl=context.impl
+            )
         )
-        return Assignment(query_index[..., None], mask[..., None], target_class)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,10 +150,13 @@ class OneToMany:
 
 
 def one_to_one_matcher(config: AssignmentConfig) -> Matcher:
-    """Matcher of the decoder's predictions with their costs."""
-    return OneToOne(
-        cost_class=config.cost_class, cost_bbox=config.cost_bbox, cost_giou=config.cost_giou
-    )
+    """Matcher of predictions with real labels, by the costs of the configuration."""
+    return _hungarian(config)
+
+
+def hybrid_matcher(config: AssignmentConfig) -> Matcher:
+    """Matcher of hybrid queries: the same costs, several queries per target."""
+    return _hungarian(config, k=config.hybrid_k)
 
 
 def one_to_many_matcher(config: AssignmentConfig) -> Matcher:
@@ -164,12 +173,21 @@ def one_to_many_matcher(config: AssignmentConfig) -> Matcher:
 
 def encoder_matcher(config: AssignmentConfig) -> Matcher:
     """Matcher of the encoder's proposals. They tell objects from background, not classes."""
-    return OneToOne(
+    return Hungarian(
         cost_class=config.encoder_cost_class,
         cost_bbox=config.cost_bbox,
         cost_giou=config.cost_giou,
         class_agnostic=True,
         by_anchors=config.encoder_match == "anchors",
+    )
+
+
+def _hungarian(config: AssignmentConfig, k: int = 1) -> Hungarian:
+    return Hungarian(
+        cost_class=config.cost_class,
+        cost_bbox=config.cost_bbox,
+        cost_giou=config.cost_giou,
+        k=k,
     )
 
 

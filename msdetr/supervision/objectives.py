@@ -10,6 +10,7 @@ from msdetr.supervision.losses import loss_weights
 from msdetr.supervision.matchers import (
     Matcher,
     encoder_matcher,
+    hybrid_matcher,
     one_to_many_matcher,
     one_to_one_matcher,
 )
@@ -25,6 +26,9 @@ class Objective:
     """Assigns the branch's queries to targets."""
     weights: Mapping[str, float]
     """Weight of each loss term, by its name in `msdetr.supervision.losses.LOSS_TERMS`."""
+    targets_repeated: int = 1
+    """Losses are divided by this many times the number of targets (H-DETR, whose targets are
+    repeated)."""
     last_layer_only: bool = False
     """Supervise the last layer of the branch instead of all layers."""
 
@@ -43,13 +47,16 @@ def build_objectives(assignment: AssignmentConfig, loss: LossConfig) -> tuple[Ob
     matchers = {
         "one_to_one": one_to_one_matcher(assignment),
         "one_to_many": one_to_many_matcher(assignment),
+        "hybrid": hybrid_matcher(assignment),
         "encoder": encoder_matcher(assignment),
+        "encoder_selected": one_to_one_matcher(assignment),
     }
     return tuple(
         Objective(
             branch=branch,
             matcher=matcher,
             weights=loss_weights(loss, branch),
+            targets_repeated=assignment.hybrid_k if branch == "hybrid" else 1,
             last_layer_only=not loss.auxiliary,
         )
         for branch, matcher in matchers.items()

@@ -9,10 +9,10 @@ from scipy.optimize import linear_sum_assignment
 
 from msdetr.ops.matching_cost import matching_cost
 from msdetr.structures import Targets
-from msdetr.supervision.matchers import OneToOne
+from msdetr.supervision.matchers import Hungarian
 
 COSTS = {"cost_class": 2.0, "cost_bbox": 5.0, "cost_giou": 2.0}
-MATCHER = OneToOne(**COSTS)
+MATCHER = Hungarian(**COSTS)
 
 
 @pytest.mark.parametrize(
