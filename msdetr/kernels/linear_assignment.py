@@ -1,26 +1,38 @@
 """Batched rectangular linear assignment: shortest augmenting paths (Jonker and Volgenant, 1987; in
 the rectangular form of Crouse, 2016, which SciPy uses), in two launches.
 
-Rows are the smaller side of a problem: targets, or queries if there are more targets than queries.
+A target has `copies` places for queries. Rows are the smaller side of a problem: places, or queries
+if there are more places than queries. The places of a target are rows (or columns) of equal costs,
+which are stored once: row r has the costs of line r // row_copies.
 
-1. `best_columns_kernel`: a program takes one row and finds its cheapest column. This uses the whole
-   GPU.
-2. `linear_assignment_kernel`: a program takes one problem. A row is matched to its cheapest column
-   unless an earlier row has the same one. The potential of such a row is that cost, and potentials
-   of columns are 0; these are optimal duals of the rows matched so far. (The initial column prices
-   used for square problems would be wrong for columns that remain free.)
+1. `best_columns_kernel`: a program takes one line, with k rows, and finds its k cheapest columns.
+   This uses the whole GPU.
+2. `linear_assignment_kernel`: a program takes one problem. Among the lines that list a column, that
+   with the lowest (place in its list, line) wins it. A line keeps the columns of its list before
+   the first one that it did not win, and a row is matched to each. The potential u of these rows is
+   the cost of the last column kept, and the potential v of a column kept is its cost minus u. Other
+   columns have v = 0. These are optimal duals of the rows matched so far: pairs are tight, columns
+   that a line does not keep cost it at least u, and no v is above 0, so that it violates nothing in
+   other lines. With one row per line, v is 0 everywhere. (The initial column prices used for square
+   problems would be wrong for columns that remain free.)
 
    The other rows are added one at a time. For each, a shortest path over the reduced costs
    c[i, j] - u[i] - v[j] is grown, column by column in order of distance, until it reaches a free
    column. Then potentials are updated and the path is flipped. A step of the search looks at all
-   columns at once, shared by the threads of a program, in chunks of BLOCK. A row that is added
-   needs between one step and as many steps as there are rows.
+   columns at once, shared by the threads of a program, in chunks of BLOCK.
+
+   Rows of a line have the same potential: each row's pair is tight, and none may be cheaper for
+   another row of the line. When the search scans a row at distance d, the columns of the other rows
+   of its line are thus at distance d as well, and scanning those rows would give the same
+   distances. These columns are marked as passed at once. So a row that is added needs between one
+   step and as many steps as there are lines.
 
 State is per column, in memory that the first-level cache holds: `v`, the potential of the matched
 row (so that a scan of a row needs no look-up of its potential), distance, predecessor, and whether
 the search has passed the column. Arithmetic is float64, as in SciPy: the optimum is the same
 wherever it is unique. A cost that is not finite is replaced by 2^1000, as in
 `msdetr.ops.linear_assignment`. Of equal distances, a free column goes first, then the lowest index.
+At the end, the queries of a target are put in ascending order.
 
 Problems are ragged: programs read `count`, and do not access columns and rows beyond it. Every
 element of the results is written by the kernels, and the host reads nothing.
@@ -44,7 +56,10 @@ _NONE = tl.constexpr(2147483647)
 
 
 class _Problems(NamedTuple):
-    """P = N * B problems; an argument of both kernels. Problem p has the targets of image p % B."""
+    """P = N * B problems; an argument of both kernels. Problem p has the targets of image p % B.
+
+    There are C columns and R rows at most: the larger and the smaller of Q and T * copies.
+    """
 
     cost: Any  # [P, Q, T]
     stride_p: Any
@@ -65,8 +80,10 @@ class _Problem(NamedTuple):
     stride_row: Any
     stride_column: Any
     rows: Any
+    row_copies: Any  # consecutive rows with the same costs
     columns: Any
-    count: Any
+    column_copies: Any
+    places: Any  # number of targets times copies
 
 
 class _State(NamedTuple):
@@ -76,31 +93,34 @@ class _State(NamedTuple):
     potential: Any  # [C] float64, of the matched row
     distance: Any  # [C] float64
     row_of_column: Any  # [C] int32
-    previous: Any  # [C] int32, the row before the column on the shortest path
+    previous: Any  # [C] int32, the row before the column on the shortest path; before, claims
     passed: Any  # [C] int32, by the search
-    column_of_row: Any  # [R] int32, initially its cheapest column
+    column_of_row: Any  # [R] int32, initially the cheapest columns of its line, ascending
 
 
 @triton.jit
-def _problem(problems, index, TALL: tl.constexpr):
-    """Rows can be queries only in TALL launches: with more slots than queries."""
+def _problem(problems, index, COPIES: tl.constexpr, TALL: tl.constexpr):
+    """Rows can be queries only in TALL launches: with more slots for places than queries."""
     count = tl.load(problems.count + index % problems.batch).to(tl.int32)
-    count = tl.minimum(count, problems.num_targets)
-    swap = (count > problems.num_queries) & TALL
+    places = tl.minimum(count, problems.num_targets) * COPIES
+    swap = (places > problems.num_queries) & TALL
     return _Problem(
         problems.cost + index * problems.stride_p,
         tl.where(swap, problems.stride_q, problems.stride_t),
         tl.where(swap, problems.stride_t, problems.stride_q),
-        tl.where(swap, problems.num_queries, count),
-        tl.where(swap, count, problems.num_queries),
-        count,
+        tl.where(swap, problems.num_queries, places),
+        tl.where(swap, 1, COPIES),
+        tl.where(swap, places, problems.num_queries),
+        tl.where(swap, COPIES, 1),
+        places,
     )
 
 
 @triton.jit
-def _state(problems, index, TALL: tl.constexpr):
-    columns = problems.num_targets if TALL else problems.num_queries
-    rows = problems.num_queries if TALL else problems.num_targets
+def _state(problems, index, COPIES: tl.constexpr, TALL: tl.constexpr):
+    places = problems.num_targets * COPIES
+    columns = places if TALL else problems.num_queries
+    rows = problems.num_queries if TALL else places
     v = problems.state + index * 3 * columns
     row_of_column = problems.links + index * (3 * columns + rows)
     previous = row_of_column + columns
@@ -111,9 +131,10 @@ def _state(problems, index, TALL: tl.constexpr):
 
 
 @triton.jit
-def _load_cost(problem, row, column, mask):
+def _load_cost(problem, line, column, mask):
     """Costs in float64, made finite: otherwise a search might never end."""
-    offset = row.to(tl.int64) * problem.stride_row + column.to(tl.int64) * problem.stride_column
+    column = column // problem.column_copies
+    offset = line.to(tl.int64) * problem.stride_row + column.to(tl.int64) * problem.stride_column
     cost = tl.load(problem.cost + offset, mask=mask, other=0.0).to(tl.float64)
     return tl.where(tl.abs(cost) < _WORST, cost, _WORST)
 
@@ -140,7 +161,7 @@ def _next_row_left(problem, state, after, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _search(problem, state, new_row, BLOCK: tl.constexpr):
+def _search(problem, state, new_row, COPIES: tl.constexpr, BLOCK: tl.constexpr):
     """The free column at the end of the shortest path from a row, and the length of the path."""
     lane = tl.arange(0, BLOCK)
     row = new_row
@@ -151,13 +172,15 @@ def _search(problem, state, new_row, BLOCK: tl.constexpr):
     while end == _NONE:
         best_distance = tl.full((), float("inf"), tl.float64)
         best_key = tl.full((), _NONE, tl.int32)
+        line = row // problem.row_copies
+        first_copy = line * problem.row_copies
         first = tl.zeros((), tl.int32)
         while first < problem.columns:
             column = first + lane
             exists = column < problem.columns
             passed = tl.load(state.passed + column, mask=column < searched, other=0)
             open_ = exists & (passed == 0)
-            cost = _load_cost(problem, row, column, open_)
+            cost = _load_cost(problem, line, column, open_)
             v = tl.load(state.v + column, mask=exists, other=0.0)
             distance = tl.load(state.distance + column, mask=column < searched, other=float("inf"))
             through_row = travelled + (cost - row_potential - v)
@@ -165,9 +188,15 @@ def _search(problem, state, new_row, BLOCK: tl.constexpr):
             distance = tl.where(nearer, through_row, distance)
             tl.store(state.distance + column, distance, mask=nearer)
             tl.store(state.previous + column, row, mask=nearer)
-            tl.store(state.passed + column, 0, mask=exists & (column >= searched))
-            matched = tl.load(state.row_of_column + column, mask=exists, other=_NONE) != _NONE
-            key = column + matched.to(tl.int32) * _MATCHED  # free columns first
+            owner = tl.load(state.row_of_column + column, mask=exists, other=_NONE)
+            is_new = exists & (column >= searched)
+            if COPIES > 1:
+                same = open_ & (owner >= first_copy) & (owner < first_copy + problem.row_copies)
+                tl.store(state.passed + column, same.to(tl.int32), mask=is_new | same)
+                open_ = open_ & ~same
+            else:
+                tl.store(state.passed + column, 0, mask=is_new)
+            key = column + (owner != _NONE).to(tl.int32) * _MATCHED  # free columns first
             chunk = tl.reduce((tl.where(open_, distance, float("inf")), key), 0, _nearest)
             best_distance, best_key = _nearest(best_distance, best_key, chunk[0], chunk[1])
             first += BLOCK
@@ -184,9 +213,9 @@ def _search(problem, state, new_row, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _add_row(problem, state, new_row, BLOCK: tl.constexpr):
+def _add_row(problem, state, new_row, COPIES: tl.constexpr, BLOCK: tl.constexpr):
     """Match one more row, by the shortest augmenting path."""
-    end, travelled = _search(problem, state, new_row, BLOCK)
+    end, travelled = _search(problem, state, new_row, COPIES, BLOCK)
 
     # Update the potentials of all columns that the search has passed.
     first = tl.zeros((), tl.int32)
@@ -219,14 +248,19 @@ def _add_row(problem, state, new_row, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _match_cheapest(problem, state, BLOCK: tl.constexpr):
-    """Match each column to the first row whose cheapest column it is."""
+def _match_cheapest(problem, state, COPIES: tl.constexpr, BLOCK: tl.constexpr):
+    """Match rows to the cheapest columns of their lines, as far as these are not contested."""
     lane = tl.arange(0, BLOCK)
+    lines = problem.rows // problem.row_copies
+    # With one row per line, the row that wins a column is matched to it.
+    claims = state.previous if COPIES > 1 else state.row_of_column
     first = tl.zeros((), tl.int32)
     while first < problem.columns:
         column = first + lane
         tl.store(state.v + column, 0.0, mask=column < problem.columns)
         tl.store(state.row_of_column + column, _NONE, mask=column < problem.columns)
+        if COPIES > 1:
+            tl.store(claims + column, _NONE, mask=column < problem.columns)
         first += BLOCK
     tl.debug_barrier()
     first = tl.zeros((), tl.int32)
@@ -234,74 +268,123 @@ def _match_cheapest(problem, state, BLOCK: tl.constexpr):
         row = first + lane
         exists = row < problem.rows
         column = tl.load(state.column_of_row + row, mask=exists, other=0)
-        tl.atomic_min(state.row_of_column + column, row, mask=exists, sem="relaxed")
+        rank = row % problem.row_copies * lines + row // problem.row_copies
+        tl.atomic_min(claims + column, rank, mask=exists, sem="relaxed")
         first += BLOCK
     tl.debug_barrier()
     first = tl.zeros((), tl.int32)
-    while first < problem.rows:
-        row = first + lane
-        exists = row < problem.rows
-        column = tl.load(state.column_of_row + row, mask=exists, other=0)
-        has = tl.load(state.row_of_column + column, mask=exists, other=_NONE) == row
-        tl.store(state.potential + column, _load_cost(problem, row, column, has), mask=has)
-        tl.store(state.column_of_row + row, _NONE, mask=exists & ~has)
+    while first < lines:
+        line = first + lane
+        exists = line < lines
+        keeps = exists
+        potential = tl.zeros((BLOCK,), tl.float64)
+        place = tl.zeros((), tl.int32)
+        while place < problem.row_copies:
+            row = line * problem.row_copies + place
+            column = tl.load(state.column_of_row + row, mask=exists, other=0)
+            rank = place * lines + line
+            keeps = keeps & (tl.load(claims + column, mask=exists, other=_NONE) == rank)
+            cost = _load_cost(problem, line, column, keeps)
+            potential = tl.where(keeps, cost, potential)
+            if COPIES > 1:
+                tl.store(state.row_of_column + column, row, mask=keeps)
+            else:
+                tl.store(state.potential + column, cost, mask=keeps)
+            tl.store(state.column_of_row + row, _NONE, mask=exists & ~keeps)
+            place += 1
+        if COPIES > 1:
+            tl.debug_barrier()
+            place = tl.zeros((), tl.int32)
+            while place < problem.row_copies:
+                row = line * problem.row_copies + place
+                column = tl.load(state.column_of_row + row, mask=exists, other=_NONE)
+                has = column != _NONE
+                cost = _load_cost(problem, line, column, has)
+                tl.store(state.potential + column, potential, mask=has)
+                tl.store(state.v + column, cost - potential, mask=has)
+                place += 1
         first += BLOCK
     tl.debug_barrier()
 
 
 @triton.jit
-def best_columns_kernel(problems, TALL: tl.constexpr, BLOCK: tl.constexpr):
-    """The cheapest column of a row, the first of equal ones."""
+def best_columns_kernel(problems, COPIES: tl.constexpr, TALL: tl.constexpr, BLOCK: tl.constexpr):
+    """The cheapest columns of a line in ascending order, one per row; the first of equal ones."""
     index = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1)
-    problem = _problem(problems, index, TALL)
+    line = tl.program_id(1)
+    problem = _problem(problems, index, COPIES, TALL)
+    row = line * problem.row_copies
     if row < problem.rows:
-        cheapest = tl.full((BLOCK,), float("inf"), tl.float64)
-        best = tl.zeros((BLOCK,), tl.int32)
-        first = tl.zeros((), tl.int32)
-        while first < problem.columns:
-            column = first + tl.arange(0, BLOCK)
-            exists = column < problem.columns
-            cost = _load_cost(problem, row, column, exists)
-            better = exists & (cost < cheapest)
-            cheapest = tl.where(better, cost, cheapest)
-            best = tl.where(better, column, best)
-            first += BLOCK
-        _cheapest, best_column = tl.reduce((cheapest, best), 0, _nearest)
-        tl.store(_state(problems, index, TALL).column_of_row + row, best_column)
+        last_cost = tl.full((), float("-inf"), tl.float64)
+        last_column = tl.full((), -1, tl.int32)
+        place = tl.zeros((), tl.int32)
+        while place < problem.row_copies:
+            cheapest = tl.full((BLOCK,), float("inf"), tl.float64)
+            best = tl.zeros((BLOCK,), tl.int32)
+            first = tl.zeros((), tl.int32)
+            while first < problem.columns:
+                column = first + tl.arange(0, BLOCK)
+                exists = column < problem.columns
+                cost = _load_cost(problem, line, column, exists)
+                better = exists & (cost < cheapest)
+                if COPIES > 1:
+                    is_later = (cost == last_cost) & (column > last_column)
+                    better = better & ((cost > last_cost) | is_later)
+                cheapest = tl.where(better, cost, cheapest)
+                best = tl.where(better, column, best)
+                first += BLOCK
+            last_cost, last_column = tl.reduce((cheapest, best), 0, _nearest)
+            column_of_row = _state(problems, index, COPIES, TALL).column_of_row
+            tl.store(column_of_row + row + place, last_column)
+            place += 1
 
 
 @triton.jit
 def linear_assignment_kernel(
     problems,
     labels_ptr,  # [B, T], or None: all targets have class 0
-    query_ptr,  # [P, T] int64: query of each target, 0 if none
-    mask_ptr,  # [P, T] bool: whether it has one
+    query_ptr,  # [P, T * copies] int64: query of each place, 0 if none
+    mask_ptr,  # [P, T * copies] bool: whether it has one
     class_ptr,  # [P, Q] int64: class of each query's target, -1 if none
+    COPIES: tl.constexpr,
     TALL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Solve a problem."""
     index = tl.program_id(0).to(tl.int64)
-    problem = _problem(problems, index, TALL)
-    state = _state(problems, index, TALL)
-    _match_cheapest(problem, state, BLOCK)
+    problem = _problem(problems, index, COPIES, TALL)
+    state = _state(problems, index, COPIES, TALL)
+    _match_cheapest(problem, state, COPIES, BLOCK)
     new_row = tl.full((), -1, tl.int32)
     while new_row < problem.rows:
         new_row = _next_row_left(problem, state, new_row, BLOCK)
         if new_row < problem.rows:
-            _add_row(problem, state, new_row, BLOCK)
+            _add_row(problem, state, new_row, COPIES, BLOCK)
 
-    swap = problem.count > problem.rows  # rows are queries
-    query_of_target = tl.where(swap, state.row_of_column, state.column_of_row)
-    target_of_query = tl.where(swap, state.column_of_row, state.row_of_column)
+    swap = problem.places > problem.rows  # rows are queries
+    query_of_place = tl.where(swap, state.row_of_column, state.column_of_row)
+    place_of_query = tl.where(swap, state.column_of_row, state.row_of_column)
+    slots = problems.num_targets * COPIES
     first = tl.zeros((), tl.int32)
-    while first < problems.num_targets:
-        target = first + tl.arange(0, BLOCK)
-        exists = target < problems.num_targets
-        query = tl.load(query_of_target + target, mask=target < problem.count, other=_NONE)
+    while first < slots:
+        place = first + tl.arange(0, BLOCK)
+        exists = place < slots
+        query = tl.load(query_of_place + place, mask=place < problem.places, other=_NONE)
         has = query != _NONE
-        offset = index * problems.num_targets + target
+        offset = index * slots + place
+        if COPIES > 1:
+            # In ascending order within a target.
+            first_copy = place // COPIES * COPIES
+            offset += first_copy - place
+            copy = tl.zeros((), tl.int32)
+            while copy < COPIES:
+                other_place = first_copy + copy
+                other = tl.load(
+                    query_of_place + other_place, mask=place < problem.places, other=_NONE
+                )
+                before = (other < query) | ((other == query) & (other_place < place))
+                offset += before.to(tl.int64)
+                copy += 1
         tl.store(query_ptr + offset, tl.where(has, query, 0).to(tl.int64), mask=exists)
         tl.store(mask_ptr + offset, has, mask=exists)
         first += BLOCK
@@ -309,11 +392,11 @@ def linear_assignment_kernel(
     while first < problems.num_queries:
         query = first + tl.arange(0, BLOCK)
         exists = query < problems.num_queries
-        target = tl.load(target_of_query + query, mask=exists, other=_NONE)
-        has = target != _NONE
+        place = tl.load(place_of_query + query, mask=exists, other=_NONE)
+        has = place != _NONE
         label = tl.zeros((BLOCK,), tl.int64)
         if labels_ptr is not None:
-            slot = index % problems.batch * problems.num_targets + target
+            slot = index % problems.batch * problems.num_targets + place // COPIES
             label = tl.load(labels_ptr + slot, mask=has, other=0)
         offset = index * problems.num_queries + query
         tl.store(class_ptr + offset, tl.where(has, label, -1), mask=exists)
@@ -321,17 +404,19 @@ def linear_assignment_kernel(
 
 
 def linear_assignment(
-    cost: Tensor, count: Tensor, labels: Tensor | None
+    cost: Tensor, count: Tensor, labels: Tensor | None, copies: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query of each target and whether it has one [N, B, T], and class of each query [N, B, Q], -1
-    if none. Takes costs [N, B, Q, T], and contiguous `count` [B] and `labels` [B, T].
+    """Query of each place of a target and whether it has one [N, B, T, copies], and class of each
+    query [N, B, Q], -1 if none. Takes costs [N, B, Q, T], and contiguous `count` [B] and `labels`
+    [B, T].
 
     Without labels, all targets have class 0.
     """
     layers, batch, queries, targets = cost.shape
-    columns, rows = max(queries, targets), min(queries, targets)
+    columns, rows = max(queries, targets * copies), min(queries, targets * copies)
+    tall = columns > queries
     cost = cost.flatten(0, 1)
-    query_index = cost.new_empty((layers, batch, targets), dtype=torch.int64)
+    query_index = cost.new_empty((layers, batch, targets, copies), dtype=torch.int64)
     mask = torch.empty_like(query_index, dtype=torch.bool)
     target_class = cost.new_empty((layers, batch, queries), dtype=torch.int64)
     state = cost.new_empty((len(cost), 3, columns), dtype=torch.float64)
@@ -339,12 +424,13 @@ def linear_assignment(
     problems = _Problems._make((cost, *cost.stride(), count, batch, queries, targets, state, links))
     block = min(max(triton.next_power_of_2(columns), 32), _MAX_BLOCK)
     launch = {
-        "TALL": targets > queries,
+        "COPIES": copies,
+        "TALL": tall,
         "BLOCK": block,
         "num_warps": max(1, min(block // 128, 8)),
         "enable_fp_fusion": False,
     }
-    best_columns_kernel[(len(cost), rows)](problems, **launch)
+    best_columns_kernel[(len(cost), queries if tall else targets)](problems, **launch)
     # By default, ptxas may spill, so that more programs fit on a multiprocessor than there are.
     linear_assignment_kernel[(len(cost),)](
         problems, labels, query_index, mask, target_class, **launch, maxnreg=128

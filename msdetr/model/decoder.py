@@ -81,12 +81,13 @@ class DecoderLayer(nn.Module):
         else:
             first = self._attend_queries(x, query_pos, sets)
             second = self._attend_image(first, query_pos, reference_points, memory)
+        output = self.ffn(second)
         one_to_many = None
         if self.training and self.internal_one_to_many:
             primary = sets.split(first)[0]
             ffn = self.one_to_many_ffn
             one_to_many = primary if ffn is None else ffn(primary)
-        return LayerOutput(self.ffn(second), one_to_many)
+        return LayerOutput(output, one_to_many)
 
     def _attend_image(
         self, x: Tensor, query_pos: Tensor, reference_points: Tensor, memory: FeaturePyramid

@@ -130,7 +130,8 @@ class ProposalQueries(QuerySelection):
         if num_tokens < num_selected:
             raise ValueError(
                 f"{num_selected} queries cannot be chosen from {num_tokens} tokens "
-                f"(levels {memory.spatial_shapes}): use larger images or fewer queries"
+                f"(levels {memory.spatial_shapes}): use larger images or fewer "
+                + " and ".join(["num_queries", "num_hybrid_queries"][: len(sets.sets)])
             )
         anchor_logits, valid = proposal_anchors(memory.spatial_shapes, memory.valid_sizes)
         tokens = memory.tokens.masked_fill(~valid[..., None], 0.0)

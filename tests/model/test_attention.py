@@ -8,10 +8,17 @@ from model.helpers import crop_tokens, cropped, random_pyramid, randomize
 from torch import nn
 
 from msdetr.model.attention import MSDeformAttn, SelfAttention
+from msdetr.model.query_sets import QuerySet, QuerySets
 from msdetr.ops.ms_deform_attn import padding_mask
 
 SHAPES = ((4, 6), (2, 3))
 VALID_SIZES = [[(3, 4), (2, 2)], [(4, 6), (2, 3)]]
+
+
+def sets_of(*sets: int | tuple[int, int]) -> QuerySets:
+    """Sets by the size and the number of their groups."""
+    pairs = (pair if isinstance(pair, tuple) else (pair, 1) for pair in sets)
+    return QuerySets(tuple(QuerySet(f"set{i}", *pair) for i, pair in enumerate(pairs)))
 
 
 def test_initial_offsets_point_in_eight_directions():
@@ -99,7 +106,32 @@ def test_self_attention_is_pytorch_s():
     attention.load_state_dict(expected.state_dict())
     x, query_pos = (torch.randn(2, 5, 32, dtype=torch.float64) for _ in range(2))
     position = x + query_pos
-    torch.testing.assert_close(attention(x, query_pos), expected(position, position, x)[0])
+    torch.testing.assert_close(
+        attention(x, query_pos, sets_of(5)), expected(position, position, x)[0]
+    )
+
+
+@pytest.mark.parametrize("sets", [((5, 1),), ((5, 3),), ((4, 1), (7, 1)), ((3, 2), (5, 1), (2, 4))])
+def test_groups_of_queries_do_not_see_each_other(sets):
+    """As with the mask that a single attention would need: values and gradients."""
+    sets = sets_of(*sets)
+    attention = SelfAttention(hidden_dim=32, num_heads=4, dropout=0.0).double()
+    expected = nn.MultiheadAttention(32, 4, batch_first=True).double()
+    randomize(attention)
+    expected.load_state_dict(attention.state_dict())
+    x, query_pos = torch.randn(2, 2, sets.num_queries, 32, dtype=torch.float64)
+    x.requires_grad_()
+    sizes = [part.group_size for part in sets.sets for _ in range(part.num_groups)]
+    mask = ~torch.block_diag(*(torch.ones(size, size) for size in sizes)).bool()
+    position = x + query_pos
+    result = attention(x, query_pos, sets)
+    masked = expected(position, position, x, attn_mask=mask)[0]
+    torch.testing.assert_close(result, masked)
+    weight = torch.randn_like(result)
+    ours = torch.autograd.grad((result * weight).sum(), (x, *attention.parameters()))
+    theirs = torch.autograd.grad((masked * weight).sum(), (x, *expected.parameters()))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other)
 
 
 def test_self_attention_is_initialised_as_pytorch_s():
@@ -116,9 +148,9 @@ def test_self_attention_drops_in_training_only():
     attention = SelfAttention(hidden_dim=32, num_heads=4, dropout=0.5)
     x = torch.randn(2, 5, 32)
     attention.eval()
-    assert torch.equal(attention(x, x), attention(x, x))
+    assert torch.equal(attention(x, x, sets_of(5)), attention(x, x, sets_of(5)))
     attention.train()
-    assert not torch.equal(attention(x, x), attention(x, x))
+    assert not torch.equal(attention(x, x, sets_of(5)), attention(x, x, sets_of(5)))
 
 
 def test_crop_is_what_these_tests_think():

@@ -5,23 +5,25 @@ from __future__ import annotations
 import pytest
 import torch
 from model.helpers import cropped, random_pyramid, randomize, tiny_config
-from torch import Tensor, nn
+from torch import nn
 
-from msdetr.model.decoder import Decoder, DecoderLayer
+from msdetr.model.decoder import Decoder, DecoderLayer, LayerOutput
 from msdetr.model.geometry import level_valid_ratios
 from msdetr.model.heads import DetectionHeads
 from msdetr.model.query_selection import Queries
+from msdetr.model.query_sets import query_sets
 from msdetr.structures import FeaturePyramid, Predictions
 
 SHAPES = ((4, 6), (2, 3))
 VALID_SIZES = [[(3, 4), (2, 2)], [(4, 6), (2, 3)]]
 QUERIES = 5
+ONE_SET = query_sets(tiny_config(num_queries=QUERIES), training=True)
 
 
 def random_queries(reference_dim: int = 4) -> Queries:
     content, query_pos = (torch.randn(2, QUERIES, 32, dtype=torch.float64) for _ in range(2))
     reference = 0.1 + 0.8 * torch.rand(2, QUERIES, reference_dim, dtype=torch.float64)
-    return Queries(content, query_pos, reference)
+    return Queries(content, query_pos, reference, ONE_SET, {})
 
 
 def decode(decoder: Decoder, *inputs) -> dict[str, Predictions]:
@@ -38,8 +40,8 @@ def decoding(**changes) -> tuple[Decoder, DetectionHeads]:
 
 
 class TestLayer:
-    def run(self, layer: DecoderLayer) -> tuple[dict[str, Tensor], list[str]]:
-        """Hidden states by branch, and the order in which the modules ran."""
+    def run(self, layer: DecoderLayer) -> tuple[LayerOutput, list[str]]:
+        """Hidden states, and the order in which the modules ran."""
         order: list[str] = []
         for name in ("cross_attn", "self_attn", "ffn", "one_to_many_ffn"):
             module = getattr(layer, name)
@@ -47,7 +49,7 @@ class TestLayer:
                 module.register_forward_hook(lambda *_, name=name: order.append(name))
         pyramid, queries = random_pyramid(SHAPES, VALID_SIZES), random_queries()
         ratios = level_valid_ratios(pyramid.spatial_shapes, pyramid.valid_sizes)
-        output = layer(queries.content, queries.query_pos, queries.reference, ratios, pyramid)
+        output = layer(*queries[:3], ratios, pyramid, ONE_SET)
         return output, order
 
     def layer(self, **changes) -> DecoderLayer:
@@ -74,19 +76,19 @@ class TestLayer:
         first.register_forward_hook(lambda module, inputs, output: states.append(output))
         result, _ = self.run(layer)
         expected = layer.one_to_many_ffn(states[0]) if one_to_many_ffn else states[0]
-        assert torch.equal(result["one_to_many"], expected)
-        assert not torch.equal(result["one_to_many"], result["one_to_one"])
+        assert torch.equal(result.one_to_many, expected)
+        assert not torch.equal(result.one_to_many, result.x)
 
     @pytest.mark.parametrize("one_to_many", ["none", "output"])
     def test_otherwise_there_is_one_state(self, one_to_many):
         result, order = self.run(self.layer(one_to_many=one_to_many, one_to_many_ffn=False))
-        assert result.keys() == {"one_to_one"}
+        assert result.one_to_many is None
         assert order == ["cross_attn", "self_attn", "ffn"]
 
     def test_evaluation_skips_it(self):
         layer = self.layer().eval()
         result, order = self.run(layer)
-        assert result.keys() == {"one_to_one"}
+        assert result.one_to_many is None
         assert order == ["cross_attn", "self_attn", "ffn"]
 
 
@@ -98,7 +100,7 @@ def test_an_image_gets_the_same_predictions_without_its_padding(reference_dim, b
     padded = decode(decoder, queries, pyramid, heads)
     for image in range(2):
         one = slice(image, image + 1)
-        own = Queries(*(field[one] for field in queries[:3]))
+        own = Queries(*(field[one] for field in queries[:3]), ONE_SET, {})
         alone = decode(decoder, own, cropped(pyramid, image), heads)
         assert alone.keys() == padded.keys() == {"one_to_one", "one_to_many"}
         for name, expected in padded.items():

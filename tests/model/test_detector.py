@@ -183,7 +183,7 @@ def test_initial_predictions():
     """Boxes stand where their proposals do, and every class has about the prior probability."""
     detector = Detector(tiny_config())
     output = detector(image_batch())
-    proposals, anchors = output.branches["encoder"]
+    proposals, anchors, _ = output.branches["encoder"]
     torch.testing.assert_close(proposals.boxes[0], anchors)
     first, last = output.one_to_one.boxes
     torch.testing.assert_close(first, last)
@@ -205,7 +205,7 @@ def test_geometry_stays_float32_under_autocast(two_stage):
     with torch.autocast("cpu", torch.bfloat16):
         output = detector(images)
     assert len(output.branches) == (3 if two_stage else 2)
-    for predictions, _ in output.branches.values():
+    for predictions, *_ in output.branches.values():
         assert predictions.boxes.dtype == torch.float32
         assert predictions.logits.isfinite().all()
     loss_of(output).backward()

@@ -43,7 +43,8 @@ def test_layers_have_their_own_heads_only_with_refinement(refine):
     for index, embed in enumerate(heads.class_embed):
         torch.nn.init.constant_(embed.bias, float(index))
     x = torch.zeros(2, 32)
-    values = [heads.class_logits(layer, x)[0, 0].item() for layer in range(LAYERS + 1)]
+    modules = [heads.of_layer(layer).classes["one_to_one"] for layer in range(LAYERS)]
+    values = [head(x)[0, 0].item() for head in (*modules, heads.of_encoder().classes)]
     assert values == ([0.0, 1.0, 2.0, 3.0] if refine else [0.0] * 4)
 
 

@@ -63,7 +63,7 @@ class TestProposals:
         selection, heads = proposing(mixed_selection=mixed_selection)
         pyramid = random_pyramid(SHAPES, VALID_SIZES)
         queries = selection(pyramid, heads)
-        proposals = queries.proposals.predictions
+        proposals = queries.proposals["encoder"].predictions
         scores, boxes = proposals.logits[0, ..., 0], proposals.boxes[0]
         best = scores.argsort(dim=1, descending=True)[:, :4]
         for image in range(2):
@@ -82,7 +82,7 @@ class TestProposals:
             parameter.data.zero_()
         pyramid = random_pyramid(SHAPES, VALID_SIZES)
         queries = selection(pyramid, heads)
-        proposals, anchors = queries.proposals
+        proposals, anchors, _ = queries.proposals["encoder"]
         torch.testing.assert_close(proposals.boxes[0].float(), anchors)
         padding = padding_mask(SHAPES, pyramid.valid_sizes)
         assert (anchors[padding] == 1.0).all()
@@ -94,7 +94,7 @@ class TestProposals:
         training = selection(pyramid, heads)
         selection.eval()
         evaluation = selection(pyramid, heads)
-        assert evaluation.proposals is None
+        assert not evaluation.proposals
         for field in ("content", "query_pos", "reference"):
             torch.testing.assert_close(getattr(training, field), getattr(evaluation, field))
 
@@ -108,7 +108,7 @@ class TestProposals:
             for tokens in (pyramid.tokens, garbage)
         )
         assert torch.equal(result.reference, expected.reference)
-        logits = [queries.proposals.predictions.logits for queries in (result, expected)]
+        logits = [queries.proposals["encoder"].predictions.logits for queries in (result, expected)]
         assert torch.equal(*logits)
 
     def test_an_image_proposes_the_same_without_its_padding(self):
@@ -142,7 +142,7 @@ class TestProposals:
         selection, heads = proposing(num_queries=30)
         queries = selection(random_pyramid(SHAPES, VALID_SIZES), heads)
         assert all(x.isfinite().all() for x in queries[:3])
-        loss = sum(x.sum() for x in (*queries[:2], *queries.proposals.predictions))
+        loss = sum(x.sum() for x in (*queries[:2], *queries.proposals["encoder"].predictions))
         loss.backward()
         for parameter in (*selection.parameters(), *heads.bbox_embed[2].parameters()):
             assert parameter.grad.isfinite().all()
@@ -162,7 +162,7 @@ class TestEmbedded:
         assert torch.equal(queries.content, weight[:, 32:].expand(2, -1, -1))
         reference = selection.reference_points(weight[:, :32]).sigmoid()
         assert torch.equal(queries.reference, reference.expand(2, -1, -1))
-        assert queries.proposals is None
+        assert not queries.proposals
 
     def test_reference_points_learn(self):
         selection, queries = self.queries()

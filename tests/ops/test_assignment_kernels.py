@@ -4,6 +4,7 @@ one-to-many. On a GPU if there is one, otherwise in Triton's interpreter.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +22,7 @@ from msdetr.ops.linear_assignment import linear_assignment, linear_assignment_of
 from msdetr.ops.matching_cost import WORST_COST, matching_cost
 from msdetr.ops.one_to_many import OneToMany, one_to_many
 from msdetr.structures import Targets
-from msdetr.supervision.matchers import OneToOne
+from msdetr.supervision.matchers import Hungarian
 
 pytest.importorskip("triton")
 
@@ -169,6 +170,170 @@ def check_assignment(cost: Tensor, count: Tensor, device: torch.device, *, uniqu
         )
 
 
+def check_copies(
+    cost: Tensor, count: Tensor, copies: int, device: torch.device, *, unique: bool
+) -> None:
+    """The kernel's assignment [N, B, Q, T] has the cost of SciPy's, with columns repeated.
+
+    If `unique`, targets have the same queries.
+    """
+    layers, batch, queries, slots = cost.shape
+    labels = torch.arange(1, 1 + slots).repeat(batch, 1)  # tells targets apart
+    arguments = cost.to(device), count.to(device), labels.to(device)
+    result = linear_assignment_of_layers(*arguments, copies=copies, impl="triton")
+    query_index, mask, target_class = (x.cpu() for x in result)
+    assert query_index.shape == mask.shape == (layers, batch, slots, copies)
+    assert (query_index.dtype, mask.dtype) == (torch.int64, torch.bool)
+    assert not query_index[~mask].any()
+    if unique:
+        expected = linear_assignment_of_layers(cost, count, labels, copies=copies, impl="reference")
+        assert torch.equal(query_index, expected[0])
+        assert torch.equal(mask, expected[1])
+    assert torch.equal(mask, mask.cumprod(3).bool())
+    ascending = query_index.where(mask, queries)
+    assert torch.equal(ascending, ascending.sort(3).values)
+    for layer, image in itertools.product(range(layers), range(batch)):
+        targets = int(count[image])
+        mine, problem = mask[layer, image], cost[layer, image].double()
+        assert not mine[targets:].any()
+        assert mine.sum() == min(copies * targets, queries)
+        chosen, owners = query_index[layer, image, mine], mine.nonzero()[:, 0]
+        assert len(chosen.unique()) == len(chosen)
+        expected_class = torch.full((queries,), -1)
+        expected_class[chosen] = 1 + owners
+        assert torch.equal(target_class[layer, image], expected_class)
+        repeated = problem[:, :targets].repeat(1, copies)
+        expected_total = repeated[linear_sum_assignment(repeated.numpy())].sum().item()
+        total = problem[chosen, owners].sum().item()
+        assert total == pytest.approx(expected_total, rel=1e-12, abs=1e-12)
+
+
+class TestCopies:
+    """Targets that get several queries."""
+
+    @FEW
+    @given(data=st.data())
+    def test_random_problems(self, kernel_device, data):
+        queries, slots = data.draw(st.integers(1, 20)), data.draw(st.integers(0, 6))
+        copies, is_tied = data.draw(st.integers(1, 7)), data.draw(st.booleans())
+        generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+        cost = torch.randn(2, 3, queries, slots, generator=generator)
+        if is_tied:
+            cost = cost.round()
+        count = torch.randint(slots + 1, (3,), generator=generator)
+        check_copies(cost, count, copies, kernel_device, unique=not is_tied)
+
+    @pytest.mark.parametrize(
+        ("queries", "slots", "copies", "count"),
+        [
+            (12, 4, 3, [4, 4]),  # as many places as queries
+            (13, 4, 3, [4, 2]),
+            (11, 4, 3, [4, 3, 0]),  # more places than queries, and not
+            (5, 2, 7, [2, 1, 0]),
+            (1, 1, 4, [1, 0]),
+            (1, 3, 2, [3, 1, 0]),
+            (9, 2, 4, [0, 0]),
+            (9, 0, 4, [0, 0]),
+            (150, 10, 6, [10, 7]),
+            (64, 11, 6, [11, 10]),
+            (2500, 2, 3, [2, 1]),  # more columns than a block
+        ],
+    )
+    def test_shapes(self, kernel_device, queries, slots, copies, count):
+        cost = torch.randn(1, len(count), queries, slots)
+        check_copies(cost, torch.tensor(count), copies, kernel_device, unique=True)
+
+    @pytest.mark.parametrize("queries", [26, 20])  # fewer than places in the second case
+    def test_crowded_targets(self, kernel_device, queries):
+        """Some targets are equal, all want the same queries, and two queries are equal."""
+        cost = torch.arange(float(queries))[:, None] * torch.linspace(1.0, 2.0, 6)
+        cost = cost + 0.01 * torch.rand(1, 2, queries, 6)
+        count = torch.tensor([6, 4])
+        check_copies(cost, count, 4, kernel_device, unique=True)
+        cost[..., 1:4], cost[:, :, 3] = cost[..., :1], cost[:, :, 2]
+        check_copies(cost, count, 4, kernel_device, unique=False)
+
+    def test_as_far_as_a_list_is_won(self, kernel_device):
+        """The second target wants, after its cheapest query, one of the first target's."""
+        cost = torch.rand(1, 1, 14, 3) + 1.0
+        cost[0, 0, [0, 1, 2], 0] = torch.tensor([0.1, 0.3, 0.2])
+        cost[0, 0, [5, 2, 6], 1] = torch.tensor([0.1, 0.2, 0.3])
+        check_copies(cost, torch.tensor([3]), 3, kernel_device, unique=True)
+
+    def test_strided_costs(self, kernel_device):
+        cost = torch.rand(5, 3, 2, 17).permute(2, 1, 3, 0)
+        check_copies(cost, torch.tensor([5, 3, 0]), 3, kernel_device, unique=True)
+        check_copies(cost.mT, torch.tensor([5, 3, 0]), 3, kernel_device, unique=True)
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("queries", [7, 5])
+    def test_costs_that_are_not_finite_come_last(self, kernel_device, bad, queries):
+        cost = torch.rand(3, 1, queries, 3)
+        cost[0] = bad
+        cost[1, 0, 2] = bad
+        cost[2, 0, 1:, 1] = bad
+        count = torch.tensor([3])
+        for device, impl in ((torch.device("cpu"), "reference"), (kernel_device, "triton")):
+            query_index, mask, _ = linear_assignment_of_layers(
+                cost.to(device), count.to(device), None, copies=2, impl=impl
+            )
+            chosen = query_index[mask].view(3, -1).cpu()
+            assert chosen.shape[1] == min(queries, 6)
+            assert all(len(set(row)) == chosen.shape[1] for row in chosen.tolist())
+            if queries == 7:
+                assert 2 not in chosen[1]
+            assert query_index[2, 0, 1, 0] == 0
+
+    def test_one_copy(self, kernel_device):
+        """It is linear assignment, with a dimension more."""
+        cost, count = torch.rand(2, 3, 7, 9).to(kernel_device), torch.tensor([9, 4, 0])
+        count = count.to(kernel_device)
+        result = linear_assignment_of_layers(cost, count, None, impl="triton")
+        expected = linear_assignment(cost.flatten(0, 1), count.repeat(2), impl="triton")
+        for a, b in zip(result, expected, strict=False):
+            assert torch.equal(a.flatten(0, 1)[..., 0], b)
+
+    @pytest.mark.interpreted
+    def test_steps_of_searches(self, kernel_device, monkeypatch):
+        """A search takes no more steps than there are targets, whatever the number of copies."""
+        from msdetr.kernels import linear_assignment as kernel
+
+        steps = []
+        search, load_cost = kernel._search, kernel._load_cost
+
+        def counted_search(*arguments):
+            steps.append(0)
+            monkeypatch.setattr(kernel, "_load_cost", counted_load)
+            result = search(*arguments)
+            monkeypatch.setattr(kernel, "_load_cost", load_cost)
+            return result
+
+        def counted_load(*arguments):
+            steps[-1] += 1  # a step reads the costs of one target
+            return load_cost(*arguments)
+
+        monkeypatch.setattr(kernel, "_search", counted_search)
+        cost = torch.rand(1, 1, 30, 3) + 1.0
+        for target in range(3):
+            cost[0, 0, 5 * target : 5 * target + 5, target] = torch.rand(5)
+        check_copies(cost, torch.tensor([3]), 5, kernel_device, unique=True)
+        assert not steps  # each target wins its five cheapest queries
+        cost = torch.arange(30.0)[:, None] * torch.linspace(1.0, 2.0, 3)
+        cost = cost + 0.01 * torch.rand(1, 1, 30, 3)
+        check_copies(cost, torch.tensor([3]), 5, kernel_device, unique=True)
+        assert len(steps) > 5
+        assert max(steps) in (2, 3)
+
+    @pytest.mark.gpu
+    def test_sizes_of_training(self, kernel_device):
+        for queries, slots, problems in ((1500, 100, 12), (300, 50, 12), (300, 60, 12)):
+            cost = torch.randn(1, problems, queries, slots)
+            count = torch.randint(slots + 1, (problems,))
+            check_copies(cost, count, 6, kernel_device, unique=True)
+        cost = torch.randint(4, (6, 100, 60, 10)).float()
+        check_copies(cost, torch.randint(11, (100,)), 6, kernel_device, unique=False)
+
+
 class TestLinearAssignment:
     @FEW
     @given(data=st.data())
@@ -230,8 +395,8 @@ class TestLinearAssignment:
         expected = linear_assignment_of_layers(*arguments, impl="reference")
         assert all(torch.equal(a.cpu(), b) for a, b in zip(result, expected, strict=True))
         query_index, mask, target_class = expected
-        for layer, image, target in mask.nonzero().tolist():
-            query = query_index[layer, image, target]
+        for layer, image, target, _ in mask.nonzero().tolist():
+            query = query_index[layer, image, target, 0]
             label = labels[image, target] if has_labels else 0
             assert target_class[layer, image, query] == label
         assert (target_class >= 0).sum() == mask.sum()
@@ -377,12 +542,12 @@ def check_pairs(scene: Scene, priority: Tensor, device: torch.device, **options:
     return result
 
 
-class TestOneToOne:
+class TestHungarian:
     @pytest.mark.parametrize("class_agnostic", [True, False])
     @pytest.mark.parametrize("counts", [(3, 0, 5), (14, 2), (0, 0)])
     def test_equals_the_reference(self, kernel_device, counts, class_agnostic):
         scene = random_scene(counts)
-        matcher = OneToOne(**COSTS, class_agnostic=class_agnostic)
+        matcher = Hungarian(**COSTS, class_agnostic=class_agnostic)
         result = match(matcher, moved(scene, kernel_device), impl="triton")
         expected = match(matcher, scene, impl="reference")
         assert all(torch.equal(a.cpu(), b) for a, b in zip(result, expected, strict=True))
@@ -519,7 +684,7 @@ def test_opcheck(kernel_device, op):
         arguments = (logits, boxes, *targets, 2.0, 5.0, 2.0)
     elif op.startswith("linear_assignment"):
         cost = torch.rand(2, 2, 6, 5, device=device)
-        arguments = (cost, targets.count, targets.labels)
+        arguments = (cost, targets.count, targets.labels, 3)
     else:
         priority = torch.rand(2, 6, device=device)
         arguments = (logits, boxes, *targets, priority, 3, 0.4, 3, 0.7, 0.3)

@@ -105,6 +105,13 @@ def linear_assignment(device: torch.device, dtype: torch.dtype) -> None:
     tests.test_long_path_through_several_warps(device)
 
 
+def assignment_of_copies(device: torch.device, dtype: torch.dtype) -> None:
+    tests = assignment.TestCopies()
+    tests.test_shapes(device, 300, 20, 6, [20, 7])
+    tests.test_shapes(device, 150, 30, 6, [30, 11, 0])
+    tests.test_crowded_targets(device, 26)
+
+
 def one_to_many(device: torch.device, dtype: torch.dtype) -> None:
     """Several warps, a few targets, equal scores, and a draw among too many positives."""
     options = assignment.OPTIONS | {"positive_fraction": 0.05}
@@ -125,6 +132,7 @@ CASES = (
     Case(windows, ("splat", "rest")),
     Case(matching_cost, ("matching_cost",)),
     Case(linear_assignment, (), ("best_columns", "linear_assignment")),
+    Case(assignment_of_copies, (), ("best_columns", "linear_assignment")),
     Case(one_to_many, ("score",), ("best_queries", "select")),
     Case(focal_loss, ("focal_forward", "focal_backward")),
 )

@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from msdetr.ops.linear_assignment import linear_assignment
+from msdetr.ops.linear_assignment import linear_assignment, linear_assignment_of_layers
 
 
 def minimum_cost(cost: Tensor) -> float:
@@ -128,3 +128,43 @@ def test_costs_may_require_gradients_and_be_strided():
     expected = linear_assignment(strided.detach().contiguous(), count)
     assert all(map(torch.equal, linear_assignment(strided, count), expected))
     assert torch.equal(strided.detach(), cost.permute(2, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("queries", "slots", "count"),
+    [(6, 2, [2, 1, 0]), (5, 3, [3, 2, 0]), (2, 2, [2, 1]), (1, 1, [1]), (3, 0, [0]), (4, 2, [0])],
+)
+@pytest.mark.parametrize("copies", [2, 3])
+def test_copies_are_repeated_columns(queries, slots, count, copies):
+    cost, labels = torch.randn(2, len(count), queries, slots), torch.arange(slots).add(4)
+    result = linear_assignment_of_layers(
+        cost, torch.tensor(count), labels.repeat(len(count), 1), copies=copies
+    )
+    query_index, mask, target_class = result
+    assert query_index.shape == mask.shape == (2, len(count), slots, copies)
+    assert not query_index[~mask].any()
+    for layer, image in ((layer, image) for layer in range(2) for image in range(len(count))):
+        targets, mine = count[image], mask[layer, image]
+        assert mine.sum() == min(queries, copies * targets)
+        assert not mine[targets:].any()
+        pairs = [
+            (query, target)
+            for target in range(slots)
+            for query in query_index[layer, image, target, mine[target]].tolist()
+        ]
+        used = [query for query, _ in pairs]
+        assert len(set(used)) == len(used)
+        for target in range(slots):
+            mine_of_target = [query for query, owner in pairs if owner == target]
+            assert mine_of_target == sorted(mine_of_target)
+            assert mine[target].tolist() == [i < len(mine_of_target) for i in range(copies)]
+        total = sum(cost[layer, image, query, target].item() for query, target in pairs)
+        repeated = cost[layer, image, :, :targets].repeat(1, copies)
+        assert total == pytest.approx(minimum_cost(repeated), rel=1e-5, abs=1e-5)
+        expected = dict.fromkeys(range(queries), -1) | {q: 4 + t for q, t in pairs}
+        assert target_class[layer, image].tolist() == list(expected.values())
+
+
+def test_fewer_than_one_copy_is_refused():
+    with pytest.raises(ValueError, match="copies must be at least 1"):
+        linear_assignment_of_layers(torch.rand(1, 1, 3, 2), torch.tensor([2]), None, copies=0)

@@ -15,18 +15,22 @@ from msdetr.structures import Branch, DetectorOutput, Predictions, Targets
 from msdetr.supervision.criterion import Criterion, LossOutput
 from msdetr.supervision.objectives import build_objectives
 
-LAYERS, QUERIES, TOKENS, CLASSES = 3, 12, 20, 3
+LAYERS, QUERIES, HYBRID_QUERIES, TOKENS, CLASSES = 3, 12, 34, 20, 3
 KEEP_ALL = AssignmentConfig(positive_fraction=1.0)  # nothing is drawn
-BRANCHES = ("one_to_one", "one_to_many", "encoder")
+BRANCHES = ("one_to_one", "one_to_many", "hybrid", "encoder")
 
 
 def random_output(
     counts: tuple[int, ...] = (3, 0, 5), dtype: torch.dtype = torch.float32
 ) -> tuple[DetectorOutput, Targets]:
-    """Three branches of leaves that record gradients, and targets."""
+    """Four branches of leaves that record gradients, and targets."""
     batch = len(counts)
     scene = random_scene(counts, layers=LAYERS, queries=QUERIES, classes=CLASSES, dtype=dtype)
     many = random_scene(counts, layers=LAYERS, queries=QUERIES, classes=CLASSES, dtype=dtype)
+    hybrid = Predictions(
+        torch.randn(LAYERS, batch, HYBRID_QUERIES, CLASSES, dtype=dtype),
+        random_boxes(LAYERS, batch, HYBRID_QUERIES, dtype=dtype),
+    )
     anchors = random_boxes(batch, TOKENS, dtype=dtype)
     proposals = Predictions(
         torch.randn(1, batch, TOKENS, CLASSES, dtype=dtype),
@@ -36,6 +40,7 @@ def random_output(
         {
             "one_to_one": Branch(Predictions(scene.logits, scene.boxes)),
             "one_to_many": Branch(Predictions(many.logits, many.boxes)),
+            "hybrid": Branch(hybrid),
             "encoder": Branch(proposals, anchors),
         }
     )
@@ -107,7 +112,7 @@ def test_missing_branches_have_no_terms():
     assert losses_of(some, targets).terms.keys() == terms.keys() - {
         name for name in terms if name.startswith("encoder")
     }
-    one = without(some, "one_to_many")
+    one = without(some, "one_to_many", "hybrid")
     actual = losses_of(one, targets).terms
     assert list(actual) == ["one_to_one/class", "one_to_one/bbox", "one_to_one/giou"]
     assert all(torch.equal(actual[name], terms[name]) for name in actual)
@@ -163,7 +168,7 @@ def test_without_targets_the_graph_is_the_same(counts):
     losses = losses_of(output, targets)
     assert losses.total.isfinite()
     losses.total.backward()
-    for predictions, _ in output.branches.values():
+    for predictions, *_ in output.branches.values():
         assert predictions.logits.grad.any()  # background
         assert predictions.boxes.grad is not None
         assert not predictions.boxes.grad.any()
@@ -187,7 +192,7 @@ def test_without_auxiliary_losses_only_the_last_layer_counts():
     for name, values in last.terms.items():
         torch.testing.assert_close(values, every[name][-1:])
     last.total.backward()
-    for name in ("one_to_one", "one_to_many"):
+    for name in ("one_to_one", "one_to_many", "hybrid"):
         for leaf in output.branches[name].predictions:
             assert not leaf.grad[:-1].any()
             assert leaf.grad[-1].any()
@@ -204,7 +209,10 @@ def test_losses_are_divided_by_the_number_of_targets():
         for name, values in losses.terms.items():
             torch.testing.assert_close(values, default.terms[name] * 8 / number)
     few = losses_of(output, targets, num_targets=torch.tensor(0.25))
-    torch.testing.assert_close(few.total, default.total * 8)
+    for name, values in few.terms.items():
+        divisor = 1.5 if name.startswith("hybrid") else 1.0  # 6 * 0.25, and at least 1
+        total = default.terms[name] * 8 * (6 if name.startswith("hybrid") else 1)
+        torch.testing.assert_close(values, total / divisor)
 
 
 def test_perfect_boxes_cost_nothing():
@@ -329,7 +337,7 @@ class TestEncoder:
 def test_no_objectives_are_not_the_default_ones():
     output, targets = random_output()
     with pytest.raises(
-        ValueError, match="no objective supervises encoder, one_to_many, one_to_one"
+        ValueError, match="no objective supervises encoder, hybrid, one_to_many, one_to_one"
     ):
         Criterion(KEEP_ALL, LossConfig(), objectives=[])(output, targets)
 
@@ -381,7 +389,7 @@ def test_merged_indices_add_the_one_to_one_pairs():
         assert torch.equal(plain[name], merged[name]) != name.startswith("one_to_many"), name
 
 
-@pytest.mark.parametrize("branch", ["one_to_one", "one_to_many", "encoder"])
+@pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_predictions_that_are_not_finite_show_in_the_loss_and_raise_nothing(branch, bad):
     output, targets = random_output()
