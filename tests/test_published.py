@@ -77,6 +77,12 @@ RECIPES: dict[str, tuple[Implementation, str]] = {
     "deformable-detr-r50": ("deformable-detr", ""),
     "deformable-detr-r50-refine": ("deformable-detr", "--with_box_refine"),
     "deformable-detr-r50-two-stage": ("deformable-detr", "--with_box_refine --two_stage"),
+    "h-deformable-detr-r50": (
+        "h-deformable-detr",
+        "--with_box_refine --two_stage --dim_feedforward 2048 --epochs 12 --lr_drop 11 "
+        "--num_queries_one2one 300 --num_queries_one2many 1500 --k_one2many 6 "
+        "--lambda_one2many 1.0 --dropout 0.0 --mixed_selection --look_forward_twice",
+    ),
 }
 
 

@@ -22,7 +22,7 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -39,7 +39,7 @@ from benchmarks.assignment.implementations import (
 )
 from benchmarks.cli import choose_available, require_at_least, require_known, within_budget
 from benchmarks.common import Row, collect_rows, environment, failure, print_table
-from benchmarks.device_time import Call, graph_seconds, percentiles_us, work_on
+from benchmarks.device_time import Call, graph_seconds, percentiles_us, time_in_turns, work_on
 from benchmarks.launches import device_work, host_waits
 from benchmarks.pretended import pretended_device, pretending
 from benchmarks.processes import Worker
@@ -59,27 +59,6 @@ _COLUMNS = (
     "task implementation batch queries targets p20_us:.0f p50_us:.0f p80_us:.0f device_us:.1f "
     "launches host_waits speedup:.2f status"
 )
-
-
-def time_in_turns(
-    calls: Mapping[str, Call], device: torch.device, repetitions: int
-) -> dict[str, list[float]]:
-    """Durations of each call in seconds, until the device is done; calls take turns."""
-
-    def timed(call: Call) -> float:
-        begin = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - begin
-
-    durations: dict[str, list[float]] = {name: [] for name in calls}
-    for repetition in range(repetitions + 1):
-        for name, call in calls.items():
-            seconds = timed(call)
-            if repetition:  # the first one is a warm-up
-                durations[name].append(seconds)
-    return durations
 
 
 def count_on_pretended_device(case: Case, name: str) -> tuple[int, int]:
