@@ -436,7 +436,8 @@ def linear_assignment(
         "COPIES": copies,
         "TALL": tall,
         "BLOCK": block,
-        "num_warps": max(1, min(block // 128, 8)),
+        # With copies, eight columns per thread would spill.
+        "num_warps": max(1, min(block // 128, 8 if copies == 1 else 16)),
         "enable_fp_fusion": False,
     }
     best_columns_kernel[(len(cost), queries if tall else targets)](problems, **launch)
