@@ -1,7 +1,8 @@
 """Assignment of predictions to targets: `python -m benchmarks.assignment`.
 
-One-to-many and one-to-one assignment of six decoder layers, and one-to-one assignment of the
-encoder's anchors, by all `implementations`. Half of the predictions lie near a target (`cases`).
+One-to-many and one-to-one assignment of six decoder layers, one-to-one assignment of Hybrid DETR's
+extra queries (`hybrid`: a target gets several), and of the encoder's anchors, by all
+`implementations`. Half of the predictions lie near a target (`cases`).
 `published` restates the published algorithm (`published`).
 
 Before an implementation is timed, its assignment of two images is compared with the reference's
@@ -44,6 +45,7 @@ from benchmarks.launches import device_work, host_waits
 from benchmarks.pretended import pretended_device, pretending
 from benchmarks.processes import Worker
 from msdetr.cli.options import parse_options, user_errors
+from msdetr.config import ModelConfig
 from msdetr.engine.device import resolve_device
 
 GPU_ANCHORS = 22223
@@ -80,12 +82,14 @@ def count_on_gpu(call: Call) -> tuple[int, int]:
 class Options:
     """Time assignment: ours, the reference, the published algorithm, and installed peers."""
 
-    tasks: tuple[Task, ...] = ("one_to_many", "one_to_one", "encoder")
+    tasks: tuple[Task, ...] = ("one_to_many", "one_to_one", "hybrid", "encoder")
     """Tasks to measure."""
     batches: tuple[int, ...] = (2, 8, 16, 32)
     """Images per call."""
     queries: tuple[int, ...] = (300, 900)
     """Queries per image, in the decoder's tasks."""
+    hybrid_queries: int = ModelConfig().num_hybrid_queries
+    """Extra queries per image, in the task `hybrid`."""
     targets: tuple[int, ...] = (7, 20, 60, 100)
     """Targets per image."""
     anchors: int | None = None
@@ -110,7 +114,7 @@ class Options:
 
     def __post_init__(self) -> None:
         require_known("implementation", self.implementations, IMPLEMENTATIONS)
-        require_at_least(self, 1, "batches", "queries", "anchors")
+        require_at_least(self, 1, "batches", "queries", "hybrid_queries", "anchors")
         require_at_least(self, 0, "targets")
         require_at_least(self, 2, "repetitions")
 
@@ -123,13 +127,15 @@ def plan(options: Options, device: torch.device) -> list[Case]:
     if options.check:
         return [CHECKED]
     anchors = options.anchors or (GPU_ANCHORS if device.type == "cuda" else CPU_ANCHORS)
+    own_queries: dict[Task, tuple[int, ...]] = {
+        "encoder": (anchors,),
+        "hybrid": (options.hybrid_queries,),
+    }
     cases = [
         Case(task, batch, queries, targets)
         for task in options.tasks
         for batch, queries, targets in itertools.product(
-            options.batches,
-            (anchors,) if task == "encoder" else options.queries,
-            options.targets,
+            options.batches, own_queries.get(task, options.queries), options.targets
         )
     ]
     return sorted(
