@@ -11,7 +11,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -118,6 +118,27 @@ def wall_seconds(calls: Sequence[Call], *, repetitions: int) -> list[float]:
         begin = time.perf_counter()
         call()
         durations.append(time.perf_counter() - begin)
+    return durations
+
+
+def time_in_turns(
+    calls: Mapping[str, Call], device: torch.device, repetitions: int
+) -> dict[str, list[float]]:
+    """Durations of each call in seconds, until the device is done; calls take turns."""
+
+    def timed(call: Call) -> float:
+        begin = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - begin
+
+    durations: dict[str, list[float]] = {name: [] for name in calls}
+    for repetition in range(repetitions + 1):
+        for name, call in calls.items():
+            seconds = timed(call)
+            if repetition:  # the first one is a warm-up
+                durations[name].append(seconds)
     return durations
 
 

@@ -1,4 +1,4 @@
-"""Writes the stored rows of GPUs into the documents: `python -m benchmarks.table [--check]`.
+"""Writes stored rows into the documents: `python -m benchmarks.table [--check]`.
 
 Between the lines `<!-- rows: NAME -->` and `<!-- end of rows -->` of a document are the tables of
 one of `SECTIONS`. With `--check` nothing is written, and the exit status is 1 if a document differs
@@ -22,13 +22,17 @@ from msdetr.cli.options import parse_options, user_errors
 ROOT = RESULTS.parents[1]
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "kernels" / "ms_deform_attn.md")
 NOTHING = "Nothing on a GPU yet."
+SHOWN = ("supervision_cpu.json", "*_cuda.json")
+"""Files of rows that documents show."""
+PUBLISHED_TIME = {"ms-detr-pp-r50-300": 1.03, "h-deformable-detr-r50": 1.31}
+"""Training time over that without the supervision, as its authors report it, by preset."""
 _BOTH_PASSES = "forward+backward"
 _END = "<!-- end of rows -->"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Write the stored rows of GPUs into the documents, or print given rows."""
+    """Write stored rows into the documents, or print given rows."""
 
     rows: tyro.conf.Positional[tuple[Path, ...]] = ()
     """JSON files of rows to print as Markdown, instead of writing documents."""
@@ -59,6 +63,11 @@ def passes_in_columns(rows: Sequence[Row]) -> list[Row]:
     return merged
 
 
+def beside_published(rows: Sequence[Row]) -> list[Row]:
+    """Rows of supervision, with the published `time_over_baseline`."""
+    return [{**row, "published_time": PUBLISHED_TIME.get(row["preset"])} for row in rows]
+
+
 class Section(NamedTuple):
     """How rows of some benchmarks are shown; a column is a heading and a format, by field."""
 
@@ -66,7 +75,7 @@ class Section(NamedTuple):
     apart: tuple[str, ...]
     """Fields whose values have tables of their own."""
     names: tuple[str, ...]
-    """Further fields that tell rows apart."""
+    """Further fields that tell rows apart. The last one is always a column."""
     columns: dict[str, tuple[str, str]]
     """The others. A column without any value is left out."""
     prepare: Callable[[Sequence[Row]], Sequence[Row]] = lambda rows: rows
@@ -91,6 +100,18 @@ SECTIONS = {
             "model_flops_utilisation": ("FLOP/s utilisation", ".1%"),
             "peak_memory_mb": ("peak memory", "GiB"),
         },
+    ),
+    "supervision": Section(
+        ("supervision",),
+        (),
+        ("baseline", "implementation", "height", "width", "dtype", "batch", "preset"),
+        {
+            "seconds_p50": ("step", "seconds"),
+            "time_over_baseline": ("over the baseline", ".1% change"),
+            "published_time": ("published", ".0% change"),
+            "peak_memory_mb": ("peak memory", "GiB"),
+        },
+        beside_published,
     ),
     "assignment": Section(
         ("assignment",),
@@ -140,7 +161,7 @@ def _table(section: Section, rows: Sequence[Row]) -> str:
     names = [
         name
         for name in section.names
-        if name == "implementation" or len({row[name] for row in rows}) > 1
+        if name == section.names[-1] or len({row[name] for row in rows}) > 1
     ]
     shared = [name for name in (*section.apart, *section.names) if name not in names]
     columns = [
@@ -180,13 +201,18 @@ def _cell(value: Any, spec: str) -> str:
     if spec == "GiB":
         return f"{value / 2**10:.1f} GiB"
     number, _, unit = spec.partition(" ")
+    if unit == "change":
+        return f"{value - 1.0:+{number}}"
     return f"{value:{number}} {unit}".rstrip().replace("|", "\\|")
 
 
-def gpu_rows(folder: Path) -> list[Row]:
-    """All rows of a folder that were measured on a GPU: those of `*_cuda.json`."""
+def shown_rows(folder: Path) -> list[Row]:
+    """All rows of a folder that documents show."""
     # Shorter names first: `train_step_cuda.json`, then `train_step_8_cuda.json`.
-    paths = sorted(folder.glob("*_cuda.json"), key=lambda path: (len(path.name), path.name))
+    paths = sorted(
+        (path for pattern in SHOWN for path in folder.glob(pattern)),
+        key=lambda path: (len(path.name), path.name),
+    )
     return [row for path in paths for row in read_json(path)]
 
 
@@ -211,7 +237,7 @@ def main(arguments: Sequence[str]) -> int:
             rows = [row for path in options.rows for row in read_json(path)]
             print("\n\n".join(filter(None, (tables(x, rows) for x in SECTIONS.values()))))
             return 0
-        rows = gpu_rows(options.results)
+        rows = shown_rows(options.results)
         for path in DOCUMENTS:
             text = path.read_text(encoding="utf-8")
             filled = fill(text, rows)

@@ -50,6 +50,27 @@ _DEFORMABLE = RunConfig(
     train=TrainConfig(epochs=50, batch_size=32),
 )
 
+_DEFORMABLE_PP = replace(
+    _MS_DETR_PP,
+    model=replace(
+        _MS_DETR_PP.model, decoder_order="self_cross", one_to_many="none", one_to_many_ffn=False
+    ),
+    assignment=_DEFORMABLE.assignment,
+    loss=LossConfig(class_weight=2.0),
+)
+
+
+def _with_hybrid_queries(recipe: RunConfig) -> RunConfig:
+    """H-DETR's queries, whose sizes and weights are the defaults."""
+    return replace(recipe, model=replace(recipe.model, extra_queries="hybrid"))
+
+
+def _with_groups(recipe: RunConfig) -> RunConfig:
+    """Group DETR's queries. The loss of the encoder is that of the proposals that they select."""
+    model = replace(recipe.model, extra_queries="group", proposal_score="best_class")
+    return replace(recipe, model=model)
+
+
 _TINY = RunConfig(
     model=ModelConfig(
         backbone="convnet",
@@ -133,17 +154,24 @@ PRESETS: dict[str, Preset] = {
     ),
     "deformable-detr-pp-r50-300": Preset(
         description="Deformable-DETR++: two stages, mixed selection, look forward twice, 12 epochs",
-        config=replace(
-            _MS_DETR_PP,
-            model=replace(
-                _MS_DETR_PP.model,
-                decoder_order="self_cross",
-                one_to_many="none",
-                one_to_many_ffn=False,
-            ),
-            assignment=_DEFORMABLE.assignment,
-            loss=LossConfig(class_weight=2.0),
-        ),
+        config=_DEFORMABLE_PP,
+    ),
+    "h-deformable-detr-r50": Preset(
+        description="H-DETR: Deformable-DETR++ and 1500 hybrid queries in training, 12 epochs",
+        config=_with_hybrid_queries(_DEFORMABLE_PP),
+        published_map=48.7,
+    ),
+    "group-deformable-detr-r50": Preset(
+        description="Group DETR on Deformable-DETR++: 11 groups in training; no published number",
+        config=_with_groups(_DEFORMABLE_PP),
+    ),
+    "ms-h-deformable-detr-r50": Preset(
+        description="MS-DETR on Deformable-DETR++ and 1500 hybrid queries in training, 12 epochs",
+        config=_with_hybrid_queries(_MS_DETR_PP),
+    ),
+    "ms-group-deformable-detr-r50": Preset(
+        description="MS-DETR on Deformable-DETR++ in each of 11 groups in training, 12 epochs",
+        config=_with_groups(_MS_DETR_PP),
     ),
     "tiny": Preset(
         description="a small MS-DETR for 128-pixel images, trains on a CPU in minutes",

@@ -3,8 +3,9 @@
 Checkpoints of the published code describe the model only by the arguments of their run. This module
 converts those arguments, or a list of flags, to a `RunConfig`.
 
-Three command lines exist: `ms-detr` (the MS-DETR tree), `ms-detr-impl-a` (its implementation (a))
-and `deformable-detr` (the original). Flags that all of them share have the same defaults.
+Four command lines exist: `ms-detr` (the MS-DETR tree), `ms-detr-impl-a` (its implementation (a)),
+`deformable-detr` (the original) and `h-deformable-detr` (H-DETR). Flags that all of them share have
+the same defaults, except `--dim_feedforward`.
 
 Where the published code and its flags disagree:
 
@@ -16,7 +17,19 @@ Where the published code and its flags disagree:
   dropped with a warning.
 - One-stage MS-DETR and `--two_stage` without `--with_box_refine` crash there and work here.
 - `--focal_alpha` changes the loss only; the matching cost keeps 0.25.
-- `--no_aux_loss` also removes the encoder's loss in `deformable-detr`, and only there.
+- `--no_aux_loss` also removes the encoder's loss in `deformable-detr` and `h-deformable-detr`, not
+  in the others.
+- `h-deformable-detr` raises an exception with `--num_queries_one2many 0` unless `--k_one2many 0`
+  is given too, and with `--no_aux_loss` unless `--k_one2many 0`. Both work here. With
+  `--k_one2many 0` its extra queries get no loss: the weights are 0 here.
+- `--lambda_one2many` multiplies the reported losses there, and the three `hybrid_*_weight` here.
+- `--use_checkpoint` recomputes all layers of encoder and decoder. It becomes
+  `activation_checkpointing = "all"`, which recomputes the backbone too; `encoder` would keep more
+  than the published run.
+- `--use_fp16` (float16 with a scaled loss, but float32 in encoder and decoder) becomes `bfloat16`,
+  with a warning.
+- `--eval_in_training_set` selects the images of the evaluation. It is dropped with a warning;
+  `data.val_images` and `data.val_annotations` select them here.
 - `--batch_size` counts the images of one process, `TrainConfig.batch_size` those of all. It is
   multiplied by the `world_size` of the arguments where they have one, otherwise by the number of
   processes of the published recipes (`PUBLISHED_NUM_PROCESSES`).
@@ -47,7 +60,7 @@ from msdetr.config import (
 
 logger = logging.getLogger(__name__)
 
-Implementation = Literal["ms-detr", "ms-detr-impl-a", "deformable-detr"]
+Implementation = Literal["ms-detr", "ms-detr-impl-a", "deformable-detr", "h-deformable-detr"]
 
 
 @dataclass(frozen=True)
@@ -90,11 +103,9 @@ _SHARED_FLAGS = {
     "num_feature_levels": PublishedFlag(int, 4),
     "enc_layers": PublishedFlag(int, 6),
     "dec_layers": PublishedFlag(int, 6),
-    "dim_feedforward": PublishedFlag(int, 1024),
     "hidden_dim": PublishedFlag(int, 256),
     "dropout": PublishedFlag(float, 0.1),
     "nheads": PublishedFlag(int, 8),
-    "num_queries": PublishedFlag(int, 300),
     "dec_n_points": PublishedFlag(int, 4),
     "enc_n_points": PublishedFlag(int, 4),
     "masks": PublishedFlag(bool, False),
@@ -124,6 +135,11 @@ _SHARED_FLAGS = {
     "cache_mode": PublishedFlag(bool, False),
 }
 
+_DEFORMABLE_FLAGS = _SHARED_FLAGS | {
+    "dim_feedforward": PublishedFlag(int, 1024),
+    "num_queries": PublishedFlag(int, 300),
+}
+
 _ONE_TO_MANY_FLAGS = {
     "use_ms_detr": PublishedFlag(bool, False),
     "o2m_matcher_threshold": PublishedFlag(float, 0.4),
@@ -139,16 +155,35 @@ _ONE_TO_MANY_FLAGS = {
     "nms_iou_threshold": PublishedFlag(float, None),
 }
 
-_MAIN_TREE_FLAGS = {
+_PLUS_FLAGS = {
     "mixed_selection": PublishedFlag(bool, False),
     "look_forward_twice": PublishedFlag(bool, False),
-    "use_aux_ffn": PublishedFlag(bool, False),
+}
+
+_MAIN_TREE_FLAGS = _PLUS_FLAGS | {"use_aux_ffn": PublishedFlag(bool, False)}
+
+_HYBRID_FLAGS = {
+    "num_queries_one2one": PublishedFlag(int, 300),
+    "num_queries_one2many": PublishedFlag(int, 0),
+    "k_one2many": PublishedFlag(int, 5),
+    "lambda_one2many": PublishedFlag(float, 1.0),
+    "topk": PublishedFlag(int, 100),
+    "pretrained_backbone_path": PublishedFlag(str, "./swin_tiny_patch4_window7_224.pkl"),
+    "drop_path_rate": PublishedFlag(float, 0.2),
+    "eval_in_training_set": PublishedFlag(bool, False),
+    "use_fp16": PublishedFlag(bool, False),
+    "use_checkpoint": PublishedFlag(bool, False),
+    "use_wandb": PublishedFlag(bool, False),
 }
 
 PUBLISHED_FLAGS: dict[Implementation, dict[str, PublishedFlag]] = {
-    "ms-detr": _SHARED_FLAGS | _ONE_TO_MANY_FLAGS | _MAIN_TREE_FLAGS,
-    "ms-detr-impl-a": _SHARED_FLAGS | _ONE_TO_MANY_FLAGS,
-    "deformable-detr": _SHARED_FLAGS,
+    "ms-detr": _DEFORMABLE_FLAGS | _ONE_TO_MANY_FLAGS | _MAIN_TREE_FLAGS,
+    "ms-detr-impl-a": _DEFORMABLE_FLAGS | _ONE_TO_MANY_FLAGS,
+    "deformable-detr": _DEFORMABLE_FLAGS,
+    "h-deformable-detr": _SHARED_FLAGS
+    | _PLUS_FLAGS
+    | _HYBRID_FLAGS
+    | {"dim_feedforward": PublishedFlag(int, 2048)},
 }
 """The options of each published command line, by attribute name."""
 
@@ -156,8 +191,9 @@ PUBLISHED_NUM_PROCESSES: dict[Implementation, int] = {
     "ms-detr": 8,
     "ms-detr-impl-a": 8,
     "deformable-detr": 16,
+    "h-deformable-detr": 8,
 }
-"""Processes of the published recipes: batch 16 for MS-DETR, 32 for Deformable-DETR."""
+"""Processes of the published recipes: batch 32 for Deformable-DETR, 16 for the others."""
 
 DEAD_FLAGS = {
     "o2m_matcher_threshold": "one_to_many_threshold",
@@ -209,6 +245,7 @@ def config_from_published_args(
     values = _complete(given, implementation)
     _refuse_unsupported(values)
     _warn_dead_flags(values)
+    _warn_changed_flags(values)
     batch_size = values.batch_size * _num_processes(given, implementation)
     return RunConfig(
         model=_model_config(values, implementation),
@@ -216,9 +253,15 @@ def config_from_published_args(
         loss=_loss_config(values, implementation),
         data=DataConfig(root=Path(values.coco_path), num_workers=values.num_workers),
         optimizer=_optimizer_config(values),
-        train=TrainConfig(epochs=values.epochs, batch_size=batch_size),
+        train=TrainConfig(
+            epochs=values.epochs,
+            batch_size=batch_size,
+            activation_checkpointing="all" if values.use_checkpoint else "none",
+            precision="bfloat16" if values.use_fp16 else "float32",
+        ),
         eval=EvalConfig(
-            max_detections=values.topk_eval, nms_iou_threshold=values.nms_iou_threshold
+            max_detections=values.topk if _is_hybrid(implementation) else values.topk_eval,
+            nms_iou_threshold=values.nms_iou_threshold,
         ),
         output=Path(values.output_dir) if values.output_dir else RunConfig().output,
         weights=Path(values.resume) if values.resume else None,
@@ -230,11 +273,17 @@ def config_from_published_args(
 def infer_implementation(args: argparse.Namespace) -> Implementation:
     """The command line of these arguments, inferred from the flags that only it has."""
     names = vars(args).keys()
+    if names & _HYBRID_FLAGS.keys():
+        return "h-deformable-detr"
     if names & _MAIN_TREE_FLAGS.keys():
         return "ms-detr"
     if names & _ONE_TO_MANY_FLAGS.keys():
         return "ms-detr-impl-a"
     return "deformable-detr"
+
+
+def _is_hybrid(implementation: Implementation) -> bool:
+    return implementation == "h-deformable-detr"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -265,7 +314,11 @@ def _complete(given: Mapping[str, Any], implementation: Implementation) -> argpa
     """All published arguments. Those of other command lines have their defaults."""
     known = PUBLISHED_FLAGS[implementation]
     _refuse_unknown(given.keys() - known.keys() - _RUNTIME_ATTRIBUTES, implementation)
-    values = {name: flag.default for name, flag in PUBLISHED_FLAGS["ms-detr"].items()}
+    values = {
+        name: flag.default
+        for flags in (*PUBLISHED_FLAGS.values(), known)
+        for name, flag in flags.items()
+    }
     for name in given.keys() & known.keys():
         values[name] = _checked_value(name, known[name], given[name])
     return argparse.Namespace(**values)
@@ -305,7 +358,9 @@ def _refuse_unsupported(values: argparse.Namespace) -> None:
     if values.dataset_file == "coco_panoptic":
         reasons.append("dataset_file coco_panoptic: panoptic segmentation is not supported")
     if values.backbone not in ("resnet50", "resnet101"):
-        reasons.append(f"backbone {values.backbone}: only resnet50 and resnet101 are supported")
+        reasons.append(
+            f"backbone {values.backbone}: only resnet50 and resnet101 are supported, no Swin"
+        )
     if values.position_embedding not in _POSITION_EMBEDDINGS:
         reasons.append(
             f"position_embedding {values.position_embedding}: one of "
@@ -334,6 +389,24 @@ def _warn_dead_flags(values: argparse.Namespace) -> None:
                 name,
                 field,
             )
+
+
+def _warn_changed_flags(values: argparse.Namespace) -> None:
+    if values.use_fp16:
+        logger.warning(
+            "use_fp16: becomes train.precision bfloat16; the published code computes the backbone "
+            "in float16, encoder and decoder in float32"
+        )
+    if values.eval_in_training_set:
+        logger.warning(
+            "eval_in_training_set: dropped; set data.val_images and data.val_annotations instead"
+        )
+    if values.num_queries_one2many and values.k_one2many <= 0:
+        logger.warning(
+            "k_one2many %d: the %d extra queries get no loss, as in the published code",
+            values.k_one2many,
+            values.num_queries_one2many,
+        )
 
 
 def _num_processes(given: Mapping[str, Any], implementation: Implementation) -> int:
@@ -371,7 +444,11 @@ def _model_config(values: argparse.Namespace, implementation: Implementation) ->
         num_decoder_points=values.dec_n_points,
         feedforward_dim=values.dim_feedforward,
         dropout=values.dropout,
-        num_queries=values.num_queries,
+        num_queries=(
+            values.num_queries_one2one if _is_hybrid(implementation) else values.num_queries
+        ),
+        extra_queries="hybrid" if values.num_queries_one2many else "none",
+        num_hybrid_queries=values.num_queries_one2many or ModelConfig.num_hybrid_queries,
         position_embedding=_POSITION_EMBEDDINGS[values.position_embedding],
         decoder_order="cross_self" if internal else "self_cross",
         one_to_many=one_to_many,
@@ -393,23 +470,33 @@ def _effective(values: argparse.Namespace, name: str, *, needs: str) -> bool:
 def _assignment_config(
     values: argparse.Namespace, implementation: Implementation
 ) -> AssignmentConfig:
-    by_predictions = implementation == "deformable-detr"
+    by_predictions = implementation in ("deformable-detr", "h-deformable-detr")
+    hybrid = values.num_queries_one2many and values.k_one2many > 0
     return AssignmentConfig(
         cost_class=values.set_cost_class,
         cost_bbox=values.set_cost_bbox,
         cost_giou=values.set_cost_giou,
         encoder_match="predictions" if by_predictions else "anchors",
         encoder_cost_class=values.set_cost_class if by_predictions else 0.0,
+        hybrid_k=values.k_one2many if hybrid else AssignmentConfig.hybrid_k,
     )
 
 
 def _loss_config(values: argparse.Namespace, implementation: Implementation) -> LossConfig:
     main = (values.cls_loss_coef, values.bbox_loss_coef, values.giou_loss_coef)
     encoder = (values.enc_cls_loss_coef, values.enc_bbox_loss_coef, values.enc_giou_loss_coef)
-    if implementation == "deformable-detr":
+    if implementation in ("deformable-detr", "h-deformable-detr"):
         # Its encoder weights are copies of the main ones, made together with those of the auxiliary
         # losses. Without these, the encoder's losses have no weight.
         encoder = main if values.aux_loss else (0.0, 0.0, 0.0)
+    hybrid = (
+        LossConfig.hybrid_class_weight,
+        LossConfig.hybrid_bbox_weight,
+        LossConfig.hybrid_giou_weight,
+    )
+    if values.num_queries_one2many:
+        factor = values.lambda_one2many if values.k_one2many > 0 else 0.0
+        hybrid = (factor * main[0], factor * main[1], factor * main[2])
     return LossConfig(
         class_weight=main[0],
         bbox_weight=main[1],
@@ -417,6 +504,9 @@ def _loss_config(values: argparse.Namespace, implementation: Implementation) -> 
         one_to_many_class_weight=values.o2m_cls_loss_coef,
         one_to_many_bbox_weight=values.o2m_bbox_loss_coef,
         one_to_many_giou_weight=values.o2m_giou_loss_coef,
+        hybrid_class_weight=hybrid[0],
+        hybrid_bbox_weight=hybrid[1],
+        hybrid_giou_weight=hybrid[2],
         encoder_class_weight=encoder[0],
         encoder_bbox_weight=encoder[1],
         encoder_giou_weight=encoder[2],

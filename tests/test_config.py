@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -48,6 +49,10 @@ PUBLISHED_MAP = {
     "deformable-detr-r50-refine": 46.2,
     "deformable-detr-r50-two-stage": 46.9,
     "deformable-detr-pp-r50-300": None,
+    "h-deformable-detr-r50": 48.7,
+    "group-deformable-detr-r50": None,
+    "ms-h-deformable-detr-r50": None,
+    "ms-group-deformable-detr-r50": None,
     "tiny": None,
 }
 
@@ -310,3 +315,28 @@ def test_presets_differ_where_the_papers_do():
             assert preset.config.model.one_to_many == "none"
             assert preset.config.model.decoder_order == "self_cross"
             assert preset.config.assignment.encoder_match == "predictions"
+
+
+@pytest.mark.parametrize("extra", ["hybrid", "group"])
+def test_presets_with_extra_queries_differ_in_them_alone(extra):
+    family = {"hybrid": "h", "group": "group"}[extra]
+    for prefix, base in (("", "deformable-detr-pp-r50-300"), ("ms-", "ms-detr-pp-r50-300")):
+        config = PRESETS[f"{prefix}{family}-deformable-detr-r50"].config
+        model, loss = config.model, config.loss
+        assert (model.extra_queries, model.num_queries, model.dropout) == (extra, 300, 0.0)
+        assert (model.num_hybrid_queries, model.num_groups) == (1500, 11)
+        assert config.assignment.hybrid_k == 6
+        weights = (loss.hybrid_class_weight, loss.hybrid_bbox_weight, loss.hybrid_giou_weight)
+        assert weights == (2.0, 5.0, 2.0)
+        assert model.proposal_score == ("best_class" if extra == "group" else "first_class")
+        without = dataclasses.replace(model, extra_queries="none", proposal_score="first_class")
+        assert dataclasses.replace(config, model=without) == PRESETS[base].config
+
+
+def test_the_readme_lists_the_presets():
+    table = (Path(__file__).parents[1] / "README.md").read_text()
+    rows = re.findall(r"^\| `([\w-]+)` \|.*\| (\d+) \| (\S+) \|$", table, re.MULTILINE)
+    assert rows == [
+        (name, str(preset.config.train.epochs), str(preset.published_map or "\N{EN DASH}"))
+        for name, preset in PRESETS.items()
+    ]

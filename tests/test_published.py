@@ -44,6 +44,10 @@ IGNORED_FLAGS = {
     "cache_mode": "where images are read from does not change what is learned",
     "start_epoch": "state of one invocation, not of the recipe",
     "eval": "state of one invocation, not of the recipe",
+    "eval_in_training_set": "state of one invocation, not of the recipe",
+    "use_wandb": "where metrics are logged does not change what is learned",
+    "pretrained_backbone_path": "belongs to the Swin backbones, which are refused",
+    "drop_path_rate": "belongs to the Swin backbones, which are refused",
 }
 """Published flags without a counterpart, and why that loses nothing."""
 
@@ -73,6 +77,12 @@ RECIPES: dict[str, tuple[Implementation, str]] = {
     "deformable-detr-r50": ("deformable-detr", ""),
     "deformable-detr-r50-refine": ("deformable-detr", "--with_box_refine"),
     "deformable-detr-r50-two-stage": ("deformable-detr", "--with_box_refine --two_stage"),
+    "h-deformable-detr-r50": (
+        "h-deformable-detr",
+        "--with_box_refine --two_stage --dim_feedforward 2048 --epochs 12 --lr_drop 11 "
+        "--num_queries_one2one 300 --num_queries_one2many 1500 --k_one2many 6 "
+        "--lambda_one2many 1.0 --dropout 0.0 --mixed_selection --look_forward_twice",
+    ),
 }
 
 
@@ -105,6 +115,7 @@ def test_golden_case_builds_its_configuration(name):
         weights["loss_giou"],
     )
     assert (config.model.one_to_many != "none") == ("loss_ce_o2m" in weights)
+    assert (config.model.extra_queries == "hybrid") == ("loss_ce_one2many" in weights)
     assert config.model.two_stage == ("loss_ce_enc" in weights)
     if config.model.two_stage:
         assert loss.encoder_class_weight == weights["loss_ce_enc"]
@@ -114,6 +125,11 @@ def test_golden_case_builds_its_configuration(name):
         assert loss.one_to_many_class_weight == weights["loss_ce_o2m"]
         assert loss.one_to_many_bbox_weight == weights["loss_bbox_o2m"]
         assert loss.one_to_many_giou_weight == weights["loss_giou_o2m"]
+    if config.model.extra_queries == "hybrid":
+        factor = float(case["flags"][case["flags"].index("--lambda_one2many") + 1])
+        assert loss.hybrid_class_weight == factor * weights["loss_ce_one2many"]
+        assert loss.hybrid_bbox_weight == factor * weights["loss_bbox_one2many"]
+        assert loss.hybrid_giou_weight == factor * weights["loss_giou_one2many"]
     for override, field in (
         ("topk_eval", config.eval.max_detections),
         ("nms_iou_threshold", config.eval.nms_iou_threshold),
@@ -158,9 +174,11 @@ OTHER_VALUES = {
 }
 REFUSED = {"masks", "frozen_weights", "lr_backbone_names", "lr_linear_proj_names"}
 NEEDS = {
-    "use_aux_ffn": "use_ms_detr",
-    "mixed_selection": "two_stage",
-    "look_forward_twice": "with_box_refine",
+    "use_aux_ffn": {"use_ms_detr": True},
+    "mixed_selection": {"two_stage": True},
+    "look_forward_twice": {"with_box_refine": True},
+    "k_one2many": {"num_queries_one2many": 3},
+    "lambda_one2many": {"num_queries_one2many": 3},
 }
 
 
@@ -180,7 +198,7 @@ def other_value(name, flag):
 )
 def test_every_flag_is_mapped_refused_or_ignored_for_a_reason(implementation, name):
     flag = PUBLISHED_FLAGS[implementation][name]
-    base = {NEEDS[name]: True} if name in NEEDS else {}
+    base = NEEDS.get(name, {})
 
     def build(overrides):
         return config_from_published_args(
@@ -224,20 +242,80 @@ def test_values_reach_their_fields():
     assert (config.seed, config.output) == (3, RunConfig().output)
 
 
+def h_detr(*flags):
+    return config_from_published_args(flags, implementation="h-deformable-detr")
+
+
+def test_hybrid_queries():
+    flags = (
+        "--num_queries_one2one 7 --num_queries_one2many 9 --k_one2many 3 --lambda_one2many 0.5 "
+        "--cls_loss_coef 1 --topk 20 --with_box_refine --look_forward_twice --use_checkpoint"
+    )
+    config = h_detr(*flags.split())
+    model, loss = config.model, config.loss
+    assert (model.num_queries, model.extra_queries, model.num_hybrid_queries) == (7, "hybrid", 9)
+    assert (model.decoder_order, model.one_to_many) == ("self_cross", "none")
+    assert (model.feedforward_dim, model.look_forward_twice) == (2048, True)
+    assert config.assignment.hybrid_k == 3
+    assert (loss.hybrid_class_weight, loss.hybrid_bbox_weight, loss.hybrid_giou_weight) == (
+        *(0.5, 2.5, 1.0),
+    )
+    assert config.eval.max_detections == 20
+    assert config.train.activation_checkpointing == "all"
+    assert config.train.batch_size == 16
+    # All of it is stored in a checkpoint.
+    namespace = Namespace(num_queries_one2one=7, num_queries_one2many=9, k_one2many=3)
+    loaded = config_from_published_args(namespace)
+    assert loaded.model.num_hybrid_queries == 9
+    assert loaded.assignment.hybrid_k == 3
+
+
+def test_without_hybrid_queries_their_options_are_moot():
+    expected = h_detr()
+    assert expected.model.extra_queries == "none"
+    assert h_detr("--k_one2many", "0", "--lambda_one2many", "3") == expected
+    baseline = h_detr("--dim_feedforward", "1024")
+    deformable = config_from_published_args(["--lr", "2e-4"], implementation="deformable-detr")
+    assert (baseline.model, baseline.loss) == (deformable.model, deformable.loss)
+
+
+def test_no_copies_of_the_targets_is_no_loss_of_the_hybrid_queries(caplog):
+    with caplog.at_level(logging.WARNING, logger="msdetr.published"):
+        config = h_detr("--num_queries_one2many", "9", "--k_one2many", "0")
+    assert "the 9 extra queries get no loss" in caplog.text
+    assert config.model.num_hybrid_queries == 9
+    loss = config.loss
+    weights = (loss.hybrid_class_weight, loss.hybrid_bbox_weight, loss.hybrid_giou_weight)
+    assert weights == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [("--use_fp16", "train.precision bfloat16"), ("--eval_in_training_set", "data.val_images")],
+)
+def test_flags_of_h_detr_that_change_or_go_are_reported(flag, words, caplog):
+    with caplog.at_level(logging.WARNING, logger="msdetr.published"):
+        config = h_detr(flag)
+    assert len(caplog.records) == 1
+    assert words in caplog.text
+    assert (config.train.precision == "bfloat16") == (flag == "--use_fp16")
+
+
 def test_frozen_backbone():
     config = config_from_published_args(["--lr_backbone", "-1"])
     assert not config.model.train_backbone
     assert config.optimizer.backbone_lr == 0.0
 
 
-def test_deformable_detr_encoder_follows_the_main_weights():
+@pytest.mark.parametrize("implementation", ["deformable-detr", "h-deformable-detr"])
+def test_encoder_follows_the_main_weights(implementation):
     flags = ["--two_stage", "--with_box_refine", "--cls_loss_coef", "3", "--set_cost_class", "4"]
-    config = config_from_published_args(flags, implementation="deformable-detr")
+    config = config_from_published_args(flags, implementation=implementation)
     assert config.loss.encoder_class_weight == 3.0
     assert config.assignment.encoder_match == "predictions"
     assert config.assignment.encoder_cost_class == 4.0
     silent = config_from_published_args(
-        [*flags, "--no_aux_loss"], implementation="deformable-detr"
+        [*flags, "--no_aux_loss"], implementation=implementation
     ).loss
     assert not silent.auxiliary
     assert silent.encoder_class_weight == silent.encoder_bbox_weight == 0.0
@@ -251,6 +329,8 @@ def test_deformable_detr_encoder_follows_the_main_weights():
         ("use_aux_ffn", "ms-detr"),
         ("use_ms_detr", "ms-detr-impl-a"),
         ("two_stage", "deformable-detr"),
+        ("num_queries_one2one", "h-deformable-detr"),
+        ("use_wandb", "h-deformable-detr"),
     ],
 )
 def test_implementation_is_told_by_its_own_flags(attribute, expected):
@@ -290,6 +370,7 @@ def test_learned_position_embedding(value):
         (["--frozen_weights", "x.pth"], "frozen_weights"),
         (["--dataset_file", "coco_panoptic"], "panoptic"),
         (["--backbone", "resnet152"], "backbone resnet152"),
+        (["--backbone", "swin_tiny"], "backbone swin_tiny: .* no Swin"),
         (["--position_embedding", "v9"], "position_embedding v9"),
         (["--lr_backbone_names", "backbone.0", "input_proj"], "lr_backbone_names"),
         (["--resume", "https://example.org/x.pth"], "download"),
@@ -309,8 +390,10 @@ def test_unknown_and_unsupported_flags_are_refused(flags, complaint):
 def test_a_flag_of_another_command_line_is_named_as_such():
     with pytest.raises(ValueError, match=r"use_aux_ffn \(a flag of ms-detr\)"):
         config_from_published_args(["--use_aux_ffn"], implementation="ms-detr-impl-a")
-    with pytest.raises(ValueError, match="num_queries_one2many"):
-        config_from_published_args(Namespace(num_queries_one2many=1500))
+    with pytest.raises(ValueError, match=r"num_queries \(a flag of ms-detr, .*deformable-detr\)"):
+        config_from_published_args(Namespace(num_queries_one2one=300, num_queries=300))
+    with pytest.raises(ValueError, match=r"topk \(a flag of h-deformable-detr\)"):
+        config_from_published_args(["--topk", "100"])
 
 
 @pytest.mark.parametrize(

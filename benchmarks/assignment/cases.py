@@ -14,7 +14,7 @@ from benchmarks.detector.cases import NUM_CLASSES
 from msdetr.config import AssignmentConfig
 from msdetr.structures import Targets
 
-Task = Literal["one_to_many", "one_to_one", "encoder"]
+Task = Literal["one_to_many", "one_to_one", "hybrid", "encoder"]
 
 DECODER_LAYERS = 6
 CONFIG = AssignmentConfig()
@@ -37,6 +37,11 @@ class Case:
         """Layers that are assigned at once."""
         return 1 if self.task == "encoder" else DECODER_LAYERS
 
+    @property
+    def copies(self) -> int:
+        """Queries per target in a linear assignment."""
+        return CONFIG.hybrid_k if self.task == "hybrid" else 1
+
     def small(self) -> Case:
         """The same with two images, for comparisons."""
         return Case(self.task, min(self.batch, 2), self.queries, self.targets)
@@ -55,6 +60,8 @@ class Inputs(NamedTuple):
     """Labels [T'] and boxes [T', 4] of each image, as in the published code."""
     priority: Tensor
     """[N, B, Q]"""
+    copies: int = 1
+    """Queries per target in a linear assignment."""
 
     @property
     def cost_class(self) -> float:
@@ -104,4 +111,5 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         boxes = torch.where(is_near, near, boxes)
         logits.scatter_add_(3, labels[image, chosen][..., None], 4.0 * is_near)
     targets = Targets(labels, target_boxes, torch.full((case.batch,), case.targets))
-    return Inputs(case.task, logits, boxes, targets, image_targets(targets), rand(*shape))
+    priority = rand(*shape)
+    return Inputs(case.task, logits, boxes, targets, image_targets(targets), priority, case.copies)

@@ -18,7 +18,8 @@ def taken_pairs(result: Result, inputs: Inputs) -> Tensor:
     if isinstance(result, list):
         for layer, images in enumerate(result):
             for image, (query, target) in enumerate(images):
-                taken[layer, image, target.cpu(), query.cpu()] = True
+                target = target.cpu() % max(len(inputs.image_targets[image][0]), 1)  # of copies
+                taken[layer, image, target, query.cpu()] = True
         return taken
     query_index, mask = (x.cpu().view(layers, batch, slots, -1) for x in result[:2])
     places = torch.zeros(taken.shape, dtype=torch.int64)

@@ -5,6 +5,8 @@
 - `reference`: ours, by the references of the ops.
 - `published`: the published algorithm (`published_assignment`).
 - `scipy`: one-to-one, by our costs and SciPy with a copy for every problem.
+
+One-to-one includes targets with copies, which `published` and `scipy` repeat.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from benchmarks.assignment.published import (
     solve,
 )
 from msdetr.ops.dispatch import Impl, resolve_impl
-from msdetr.ops.linear_assignment import linear_assignment
+from msdetr.ops.linear_assignment import linear_assignment_of_layers
 from msdetr.ops.matching_cost import matching_cost
 from msdetr.ops.one_to_many import OneToMany, one_to_many
 
@@ -33,7 +35,7 @@ REFERENCE = "reference"
 PUBLISHED = "published"
 
 Dense = tuple[Tensor, Tensor]
-"""[N, B, T, k] or [N * B, T]: query of each place, and whether there is one."""
+"""[N, B, T, k]: query of each place, and whether there is one."""
 Result = Pairs | Dense | OneToMany
 Run = Callable[[Inputs], Result]
 
@@ -69,15 +71,18 @@ def dense_cost(inputs: Inputs, impl: Impl) -> Tensor:
 
 def dense_one_to_one(inputs: Inputs, impl: Impl) -> Dense:
     """Ours."""
-    cost = dense_cost(inputs, impl)
-    return linear_assignment(cost.flatten(0, 1), inputs.targets.count.repeat(len(cost)), impl=impl)
+    cost, count = dense_cost(inputs, impl), inputs.targets.count
+    return linear_assignment_of_layers(cost, count, None, copies=inputs.copies, impl=impl)[:2]
 
 
 def scipy_per_problem(inputs: Inputs) -> Pairs:
     """Our costs, and SciPy with a copy of its own for every problem."""
     counts = [len(labels) for labels, _ in inputs.image_targets]
     return [
-        [solve(problem[:, :count].cpu()) for problem, count in zip(layer, counts, strict=True)]
+        [
+            solve(problem[:, :count].cpu().repeat(1, inputs.copies))
+            for problem, count in zip(layer, counts, strict=True)
+        ]
         for layer in dense_cost(inputs, "auto")
     ]
 
@@ -91,7 +96,7 @@ class Implementation:
 
     name: str
     one_to_one: Run | None = None
-    """For the decoder and the encoder."""
+    """For the decoder, Hybrid DETR's extra queries, and the encoder."""
     one_to_many: Run | None = None
     unavailable: Callable[[torch.device], str | None] = lambda device: None
     """Why it cannot run on a device, or None."""
@@ -103,7 +108,7 @@ class Implementation:
         """Its function for each task."""
         runs: dict[Task, Run] = {}
         if self.one_to_one is not None:
-            runs |= {"one_to_one": self.one_to_one, "encoder": self.one_to_one}
+            runs |= dict.fromkeys(("one_to_one", "hybrid", "encoder"), self.one_to_one)
         if self.one_to_many is not None:
             runs["one_to_many"] = self.one_to_many
         return runs
@@ -111,7 +116,8 @@ class Implementation:
     def gigabytes(self, case: Case) -> float:
         """Estimate of the memory of a call."""
         mixed = self.mixes_images and case.task != "one_to_many"
-        pairs = case.batch * case.queries * case.targets * (case.batch if mixed else case.layers)
+        pairs = case.batch * case.queries * case.targets
+        pairs *= case.batch * case.copies if mixed else case.layers
         return _BYTES_PER_PAIR * pairs / 2**30
 
 

@@ -1,7 +1,8 @@
 """Assignment of predictions to targets: `python -m benchmarks.assignment`.
 
-One-to-many and one-to-one assignment of six decoder layers, and one-to-one assignment of the
-encoder's anchors, by all `implementations`. Half of the predictions lie near a target (`cases`).
+One-to-many and one-to-one assignment of six decoder layers, one-to-one assignment of Hybrid DETR's
+extra queries (`hybrid`: a target gets several), and of the encoder's anchors, by all
+`implementations`. Half of the predictions lie near a target (`cases`).
 `published` restates the published algorithm (`published`).
 
 Before an implementation is timed, its assignment of two images is compared with the reference's
@@ -22,7 +23,7 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -39,11 +40,12 @@ from benchmarks.assignment.implementations import (
 )
 from benchmarks.cli import choose_available, require_at_least, require_known, within_budget
 from benchmarks.common import Row, collect_rows, environment, failure, print_table
-from benchmarks.device_time import Call, graph_seconds, percentiles_us, work_on
+from benchmarks.device_time import Call, graph_seconds, percentiles_us, time_in_turns, work_on
 from benchmarks.launches import device_work, host_waits
 from benchmarks.pretended import pretended_device, pretending
 from benchmarks.processes import Worker
 from msdetr.cli.options import parse_options, user_errors
+from msdetr.config import ModelConfig
 from msdetr.engine.device import resolve_device
 
 GPU_ANCHORS = 22223
@@ -59,27 +61,6 @@ _COLUMNS = (
     "task implementation batch queries targets p20_us:.0f p50_us:.0f p80_us:.0f device_us:.1f "
     "launches host_waits speedup:.2f status"
 )
-
-
-def time_in_turns(
-    calls: Mapping[str, Call], device: torch.device, repetitions: int
-) -> dict[str, list[float]]:
-    """Durations of each call in seconds, until the device is done; calls take turns."""
-
-    def timed(call: Call) -> float:
-        begin = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - begin
-
-    durations: dict[str, list[float]] = {name: [] for name in calls}
-    for repetition in range(repetitions + 1):
-        for name, call in calls.items():
-            seconds = timed(call)
-            if repetition:  # the first one is a warm-up
-                durations[name].append(seconds)
-    return durations
 
 
 def count_on_pretended_device(case: Case, name: str) -> tuple[int, int]:
@@ -101,12 +82,14 @@ def count_on_gpu(call: Call) -> tuple[int, int]:
 class Options:
     """Time assignment: ours, the reference, the published algorithm, and installed peers."""
 
-    tasks: tuple[Task, ...] = ("one_to_many", "one_to_one", "encoder")
+    tasks: tuple[Task, ...] = ("one_to_many", "one_to_one", "hybrid", "encoder")
     """Tasks to measure."""
     batches: tuple[int, ...] = (2, 8, 16, 32)
     """Images per call."""
     queries: tuple[int, ...] = (300, 900)
     """Queries per image, in the decoder's tasks."""
+    hybrid_queries: int = ModelConfig().num_hybrid_queries
+    """Extra queries per image, in the task `hybrid`."""
     targets: tuple[int, ...] = (7, 20, 60, 100)
     """Targets per image."""
     anchors: int | None = None
@@ -131,7 +114,7 @@ class Options:
 
     def __post_init__(self) -> None:
         require_known("implementation", self.implementations, IMPLEMENTATIONS)
-        require_at_least(self, 1, "batches", "queries", "anchors")
+        require_at_least(self, 1, "batches", "queries", "hybrid_queries", "anchors")
         require_at_least(self, 0, "targets")
         require_at_least(self, 2, "repetitions")
 
@@ -144,13 +127,15 @@ def plan(options: Options, device: torch.device) -> list[Case]:
     if options.check:
         return [CHECKED]
     anchors = options.anchors or (GPU_ANCHORS if device.type == "cuda" else CPU_ANCHORS)
+    own_queries: dict[Task, tuple[int, ...]] = {
+        "encoder": (anchors,),
+        "hybrid": (options.hybrid_queries,),
+    }
     cases = [
         Case(task, batch, queries, targets)
         for task in options.tasks
         for batch, queries, targets in itertools.product(
-            options.batches,
-            (anchors,) if task == "encoder" else options.queries,
-            options.targets,
+            options.batches, own_queries.get(task, options.queries), options.targets
         )
     ]
     return sorted(

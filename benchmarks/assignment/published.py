@@ -84,8 +84,12 @@ def _published_image(
 
 def published_one_to_one(inputs: Inputs) -> Pairs:
     """One layer after the other; costs are of all predictions for the targets of all images."""
-    labels, target_boxes = (torch.cat(parts) for parts in zip(*inputs.image_targets, strict=True))
-    counts = [len(image_labels) for image_labels, _ in inputs.image_targets]
+    repeated = [
+        (labels.repeat(inputs.copies), boxes.repeat(inputs.copies, 1))
+        for labels, boxes in inputs.image_targets
+    ]
+    labels, target_boxes = (torch.cat(parts) for parts in zip(*repeated, strict=True))
+    counts = [len(image_labels) for image_labels, _ in repeated]
     pairs = []
     for logits, boxes in zip(inputs.logits, inputs.boxes, strict=True):
         probability, boxes = logits.flatten(0, 1).sigmoid(), boxes.flatten(0, 1)

@@ -116,8 +116,12 @@ def _attention_cases() -> Iterator[Case]:
         yield _attention_case(name, "float16", **call, launchers=("forward",))
 
 
-def launch_assignment(layers: int, queries: int, slots: int, dtype: torch.dtype) -> None:
-    """Both assignments of decoder layers; of a single layer (the encoder) one-to-one alone."""
+def launch_assignment(
+    layers: int, queries: int, slots: int, dtype: torch.dtype, *, copies: int = 1
+) -> None:
+    """Both assignments of decoder layers; of a single layer (the encoder), and of targets with
+    copies (Hybrid DETR), linear assignment alone.
+    """
     from msdetr.kernels import linear_assignment, matching_cost, one_to_many
 
     batch = 2
@@ -144,8 +148,8 @@ def launch_assignment(layers: int, queries: int, slots: int, dtype: torch.dtype)
         alpha=0.25,
         worst=1e6,
     )
-    linear_assignment.linear_assignment(cost.transpose(2, 3), count, match_labels)
-    if is_encoder:
+    linear_assignment.linear_assignment(cost.transpose(2, 3), count, match_labels, copies)
+    if is_encoder or copies > 1:
         return
     one_to_many.one_to_many(
         *predictions,
@@ -175,13 +179,16 @@ def launch_focal_loss(queries: int, dtype: torch.dtype) -> None:
 
 def _training_cases() -> Iterator[Case]:
     assignments = (
-        ("assignment-300", 6, 300, 20),
-        ("assignment-900", 6, 900, 100),
-        ("assignment-crowd", 6, 300, 512),  # more targets than queries
-        ("assignment-encoder", 1, 22223, 100),
+        ("assignment-300", 6, 300, 20, 1),
+        ("assignment-900", 6, 900, 100, 1),
+        ("assignment-crowd", 6, 300, 512, 1),  # more targets than queries
+        ("assignment-encoder", 1, 22223, 100, 1),
+        ("assignment-copies", 6, 1500, 100, 6),
     )
-    for name, layers, queries, slots in assignments:
-        launch = functools.partial(launch_assignment, layers, queries, slots, torch.bfloat16)
+    for name, layers, queries, slots, copies in assignments:
+        launch = functools.partial(
+            launch_assignment, layers, queries, slots, torch.bfloat16, copies=copies
+        )
         yield Case(name=name, dtype="bfloat16", launch=launch)
     for dtype in ("bfloat16", "float32"):
         focal = functools.partial(launch_focal_loss, 300, getattr(torch, dtype))

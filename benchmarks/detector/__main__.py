@@ -1,4 +1,4 @@
-"""`python -m benchmarks.detector {train,inference,profile,syncs,plot} [options]`."""
+"""`python -m benchmarks.detector VERB [options]`."""
 
 from benchmarks.cli import run
 
@@ -10,6 +10,8 @@ if __name__ == "__main__":
             "inference": "inference:main",
             "profile": "profile:main",
             "syncs": "syncs:main",
+            "query_sets": "query_sets:main",
+            "supervision": "supervision:main",
             "plot": "plot:draw_plots",
         },
     )

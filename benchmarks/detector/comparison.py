@@ -1,9 +1,9 @@
 """Runs implementations of a detector against each other, each in a process of its own.
 
-On a CPU the implementations of a case run in parallel processes and take turns call by call, so
-that other load on the machine affects all of them. On a GPU they run one after the other, so that
-each has the memory to itself, and the host does not wait between calls. There, a failure of one
-implementation does not stop the others.
+On a CPU the members of a group, for instance all implementations of a case, run in parallel
+processes and take turns call by call, so that other load on the machine affects all of them. On a
+GPU they run one after the other, so that each has the memory to itself, and the host does not wait
+between calls. There, a failure of one does not stop the others.
 
 Before anything is timed, implementations of one function must agree in value, to `TOLERANCES`;
 float32 is compared without TF32. In bfloat16 a changed proposal or assignment makes a difference
@@ -19,7 +19,8 @@ import tempfile
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -181,6 +182,8 @@ class Subject(ABC):
 
 
 Build = Callable[[Setup], Subject]
+Member = tuple[Implementation, Case]
+"""Of a group: what is measured together."""
 
 _subject: Subject
 """The subject of this worker process."""
@@ -298,13 +301,11 @@ def compare(
         clock: for the time budget.
 
     Raises:
-        ValueError: an implementation cannot run here, or its values differ from the first one's.
-            On a GPU it is raised after all others were measured, for errors of any kind.
+        ValueError: as `measure_groups` does.
     """
-    failed: list[str] = []
-    begin = clock()
     device = resolve_device(options.device)
     chosen = choose_implementations(options.implementations, device, options.published)
+    groups = []
     for case in cases:
         names = []
         for name in chosen:
@@ -313,29 +314,68 @@ def compare(
                 names.append(name)
             else:
                 print(f"{case.preset}, {case.dtype}: without {name}: {reason}")
-        # On a CPU all at once, on a GPU one after the other.
-        groups = [names] if device.type == "cpu" else [[name] for name in names]
-        expected: dict[str, float] = {}
-        with tempfile.TemporaryDirectory() as folder:
-            weights = Path(folder) / "weights.pth"
-            for group in groups:
-                title = f"{', '.join(group)} of {case}"
-                if options.time_budget is not None and clock() - begin > options.time_budget:
-                    print(f"time budget used up: without {title}")
-                    continue
-                setups = [Setup(name, case, device, options.published, weights) for name in group]
-                try:
-                    rows = _measure(setups, build, expected, options, repetitions, phases)
-                except torch.OutOfMemoryError:
-                    print(f"left out, as memory ran out: {title}")
-                    continue
-                except Exception as error:
-                    if device.type == "cpu":
-                        raise
-                    traceback.print_exception(error)
-                    failed.append(f"{title}: {error}")
-                    continue
-                yield from ({"benchmark": benchmark, **row} for row in rows)
+        groups.append([(name, case) for name in names])
+    rows = measure_groups(
+        groups, device, options, build, phases=phases, repetitions=repetitions, clock=clock
+    )
+    yield from ({"benchmark": benchmark, **row} for row in rows)
+
+
+def measure_groups(
+    groups: Iterable[Sequence[Member]],
+    device: torch.device,
+    options: ComparisonOptions,
+    build: Build,
+    *,
+    phases: Sequence[str] = (),
+    repetitions: int,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Row]:
+    """A row per implementation of a case. On a CPU those of a group take turns.
+
+    Args:
+        groups: in this order.
+        device: where to compute.
+        options, build, phases, repetitions, clock: as for `compare`.
+
+    Raises:
+        ValueError: an implementation cannot run here, or its values differ from those of the first
+            of the same case. On a GPU it is raised after all others were measured, for errors of
+            any kind.
+    """
+    failed: list[str] = []
+    begin = clock()
+    if device.type != "cpu":  # one after the other
+        groups = [[one] for group in groups for one in group]
+    expected: defaultdict[Case, dict[str, float]] = defaultdict(dict)
+    with tempfile.TemporaryDirectory() as folder:
+        for group in groups:
+            title = ", ".join(f"{name} of {case}" for name, case in group)
+            if options.time_budget is not None and clock() - begin > options.time_budget:
+                print(f"time budget used up: without {title}")
+                continue
+            setups = [
+                Setup(
+                    name,
+                    case,
+                    device,
+                    options.published,
+                    Path(folder) / f"{case.preset}-{case.batch}-{case.dtype}.pth",
+                )
+                for name, case in group
+            ]
+            try:
+                rows = _measure(setups, build, expected, options.warmup, repetitions, phases)
+            except torch.OutOfMemoryError:
+                print(f"left out, as memory ran out: {title}")
+                continue
+            except Exception as error:
+                if device.type == "cpu":
+                    raise
+                traceback.print_exception(error)
+                failed.append(f"{title}: {error}")
+                continue
+            yield from rows
     if failed:
         raise ValueError("; ".join(failed))
 
@@ -343,8 +383,8 @@ def compare(
 def _measure(
     setups: Sequence[Setup],
     build: Build,
-    expected: dict[str, float],
-    options: ComparisonOptions,
+    expected: Mapping[Case, dict[str, float]],
+    warmup: int,
     repetitions: int,
     phases: Sequence[str],
 ) -> list[Row]:
@@ -353,8 +393,9 @@ def _measure(
         workers = [stack.enter_context(_start(setup.implementation)) for setup in setups]
         for worker, setup in zip(workers, setups, strict=True):
             worker.call(_build, build, setup)
-            check_agreement(worker.implementation, worker.call(_values), expected, setup.case.dtype)
-        _take_turns(workers, options.warmup)
+            values = worker.call(_values)
+            check_agreement(setup.implementation, values, expected[setup.case], setup.case.dtype)
+        _take_turns(workers, warmup)
         for worker in workers:
             worker.call(_end_warm_up)
         durations = _take_turns(workers, repetitions)
@@ -391,8 +432,6 @@ def _row(worker: Worker, case: Case, durations: Sequence[Durations], phases: Seq
         "seconds_p50": p50,
         "seconds_p80": p80,
         "repetitions": len(durations),
-        "speedup_over_published": None,
-        "speedup_over_eager": None,
     }
     for phase in phases:
         known = phase in durations[0]

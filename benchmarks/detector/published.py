@@ -131,9 +131,17 @@ def published_groups(model: nn.Module, args: Any) -> list[dict[str, Any]]:
 
 def by_published_name(terms: dict[str, Tensor]) -> dict[str, Tensor]:
     """Loss terms per layer by their published names: `one_to_many/class` [N] becomes
-    `loss_ce_0_o2m`, `loss_ce_1_o2m`, ..., `loss_ce_o2m`."""
+    `loss_ce_0_o2m`, `loss_ce_1_o2m`, ..., `loss_ce_o2m`.
+
+    H-DETR reports its terms, `loss_ce_one2many` and so on, times lambda. Ours are without it."""
     kinds = {"class": "loss_ce", "bbox": "loss_bbox", "giou": "loss_giou"}
-    branches = {"one_to_one": "", "one_to_many": "_o2m", "encoder": "_enc"}
+    branches = {
+        "one_to_one": "",
+        "one_to_many": "_o2m",
+        "hybrid": "_one2many",
+        "encoder": "_enc",
+        "encoder_selected": "_enc",
+    }
     named = {}
     for name, values in terms.items():
         branch, kind = name.split("/")

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map
 
 import msdetr
 from benchmarks import pretended  # first: it selects Triton's interpreter
+from benchmarks.cli import require_known
 from benchmarks.common import print_table
 from benchmarks.detector.cases import Case, random_batch
 from benchmarks.detector.comparison import Setup
@@ -32,6 +33,7 @@ from msdetr.cli.options import parse_options, user_errors
 from msdetr.config import CompileConfig
 from msdetr.engine.prefetch import on_device
 from msdetr.engine.trainer import Trainer
+from msdetr.presets import PRESETS
 from msdetr.structures import Batch
 
 Step = Callable[[], object]
@@ -55,6 +57,8 @@ class Options(Case):
     """Where to compute; `auto` takes CUDA where there is one, and else pretends."""
     impl: Literal["auto", "reference"] = "auto"
     """Implementation of assignment and losses; `reference` counts the waits of the reference."""
+    more_presets: tuple[str, ...] = ()
+    """Further recipes, whose steps are counted too."""
     published: Path | None = None
     """Folder of the published code; its step is then counted as well, on the pretended device."""
     check: bool = False
@@ -62,6 +66,7 @@ class Options(Case):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_known("preset", self.more_presets, PRESETS)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is cuda, and there is none")
         if self.device == "pretend" and torch.cuda.is_available():
@@ -167,21 +172,27 @@ def _report(whose: str, tally: pretended.Tally) -> None:
         print_table(rows, "count caller operation")
 
 
+def _step_waits(options: Options) -> bool:
+    """Whether the step of the preset waits; prints what it finds."""
+    if options.on_cuda:
+        wait = first_wait_on_cuda(build_step(options, torch.device("cuda", 0)))
+        found = "never waits for the GPU" if wait is None else f"waits first: {wait}"
+        print(f"step of {options.preset}: {found}")
+        return wait is not None
+    tally = count_pretended(build_step, options, PACKAGE)
+    _report(f"step of {options.preset}", tally)
+    return bool(tally.waits)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Count and print; the exit status is 1 if `--check` fails."""
     with user_errors():
         options = parse_options(Options, arguments, prog="python -m benchmarks.detector syncs")
-        if options.on_cuda:
-            wait = first_wait_on_cuda(build_step(options, torch.device("cuda", 0)))
-            waits = wait is not None
-            print("the step never waits for the GPU" if wait is None else f"first wait: {wait}")
-        else:
-            tally = count_pretended(build_step, options, PACKAGE)
-            waits = bool(tally.waits)
-            _report(f"step of {options.preset}", tally)
+        presets = (options.preset, *options.more_presets)
+        waits = [_step_waits(replace(options, preset=name)) for name in presets]
         if options.published is not None:
             _report(
                 "step of the published code, with PyTorch attention",
                 count_pretended(build_published_step, options, options.published),
             )
-    return 1 if options.check and waits else 0
+    return 1 if options.check and any(waits) else 0

@@ -73,8 +73,10 @@ RUN = (
     Step(
         "host_reads",
         40,
-        "-m benchmarks.detector syncs --device cuda --check",
-        "--device pretend --preset tiny",
+        "-m benchmarks.detector syncs --device cuda --check --height 480 --width 640 "
+        "--more-presets h-deformable-detr-r50 group-deformable-detr-r50 "
+        "ms-h-deformable-detr-r50 ms-group-deformable-detr-r50",
+        "--device pretend --preset tiny --more-presets --height 128 --width 160",
     ),
     Step(
         "attention",
@@ -135,7 +137,7 @@ RUN = (
 MORE = (
     Step(
         "tune",
-        65,
+        60,
         "-m benchmarks.attention tune --dtypes bfloat16 --queries few grid "
         "--kernels value lists windows --time-budget {budget} "
         "--table {out}/ms_deform_attn_configs.json",
@@ -163,7 +165,7 @@ MORE = (
     ),
     Step(
         "train_step_8",
-        90,
+        80,
         f"{_STEP} --batches 8 --dtypes bfloat16 --steps 20 "
         "--implementations eager compiled-graphs --output {out}/train_step_8_cuda.json",
         _TINY_STEP,
@@ -180,12 +182,21 @@ MORE = (
         reserve=10,
     ),
     Step(
-        "one_to_many",
+        "query_sets",
+        15,
+        "-m benchmarks.detector query_sets --device cuda --dtypes bfloat16 float32 "
+        "--output {out}/query_sets_cuda.json",
+        "--device cpu --dtypes float32 --sets group --batch 1 --repetitions 1",
+        ("query_sets_cuda.json",),
+    ),
+    Step(
+        "supervision",
         60,
-        f"{_STEP} --presets ms-detr-pp-r50-300 deformable-detr-pp-r50-300 --dtypes bfloat16 "
-        "--steps 20 --implementations compiled-graphs --output {out}/one_to_many_cuda.json",
-        _TINY_STEP,
-        ("one_to_many_cuda.json",),
+        f"-m benchmarks.detector supervision {_SIZE} --warmup 3 --time-budget {{budget}} "
+        "--dtypes bfloat16 --steps 20 --implementations compiled-graphs "
+        "--output {out}/supervision_cuda.json",
+        f"{_TINY_STEP} --presets tiny deformable-detr-r50",
+        ("supervision_cuda.json",),
         reserve=45,
     ),
     Step(

@@ -308,35 +308,44 @@ def _match_cheapest(problem, state, COPIES: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _best_column(problem, line, after_cost, after, COPIES: tl.constexpr, BLOCK: tl.constexpr):
+    """The cheapest column of a line, the first of equal ones, and its cost.
+
+    With copies, only columns count that come after the column `after`, in ascending order of cost.
+    """
+    cheapest = tl.full((BLOCK,), float("inf"), tl.float64)
+    best = tl.zeros((BLOCK,), tl.int32)
+    first = tl.zeros((), tl.int32)
+    while first < problem.columns:
+        column = first + tl.arange(0, BLOCK)
+        exists = column < problem.columns
+        cost = _load_cost(problem, line, column, exists)
+        better = exists & (cost < cheapest)
+        if COPIES > 1:
+            better = better & ((cost > after_cost) | ((cost == after_cost) & (column > after)))
+        cheapest = tl.where(better, cost, cheapest)
+        best = tl.where(better, column, best)
+        first += BLOCK
+    return tl.reduce((cheapest, best), 0, _nearest)
+
+
+@triton.jit
 def best_columns_kernel(problems, COPIES: tl.constexpr, TALL: tl.constexpr, BLOCK: tl.constexpr):
-    """The cheapest columns of a line in ascending order, one per row; the first of equal ones."""
+    """The cheapest columns of a line in ascending order, one per row."""
     index = tl.program_id(0).to(tl.int64)
     line = tl.program_id(1)
     problem = _problem(problems, index, COPIES, TALL)
     row = line * problem.row_copies
     if row < problem.rows:
-        last_cost = tl.full((), float("-inf"), tl.float64)
-        last_column = tl.full((), -1, tl.int32)
-        place = tl.zeros((), tl.int32)
-        while place < problem.row_copies:
-            cheapest = tl.full((BLOCK,), float("inf"), tl.float64)
-            best = tl.zeros((BLOCK,), tl.int32)
-            first = tl.zeros((), tl.int32)
-            while first < problem.columns:
-                column = first + tl.arange(0, BLOCK)
-                exists = column < problem.columns
-                cost = _load_cost(problem, line, column, exists)
-                better = exists & (cost < cheapest)
-                if COPIES > 1:
-                    is_later = (cost == last_cost) & (column > last_column)
-                    better = better & ((cost > last_cost) | is_later)
-                cheapest = tl.where(better, cost, cheapest)
-                best = tl.where(better, column, best)
-                first += BLOCK
-            last_cost, last_column = tl.reduce((cheapest, best), 0, _nearest)
-            column_of_row = _state(problems, index, COPIES, TALL).column_of_row
-            tl.store(column_of_row + row + place, last_column)
-            place += 1
+        column_of_row = _state(problems, index, COPIES, TALL).column_of_row
+        cost, column = _best_column(problem, line, float("-inf"), -1, COPIES, BLOCK)
+        tl.store(column_of_row + row, column)
+        if COPIES > 1:
+            last = row + problem.row_copies - 1
+            while row < last:
+                cost, column = _best_column(problem, line, cost, column, COPIES, BLOCK)
+                row += 1
+                tl.store(column_of_row + row, column)
 
 
 @triton.jit
@@ -427,7 +436,8 @@ def linear_assignment(
         "COPIES": copies,
         "TALL": tall,
         "BLOCK": block,
-        "num_warps": max(1, min(block // 128, 8)),
+        # With copies, eight columns per thread would spill.
+        "num_warps": max(1, min(block // 128, 8 if copies == 1 else 16)),
         "enable_fp_fusion": False,
     }
     best_columns_kernel[(len(cost), queries if tall else targets)](problems, **launch)

@@ -165,9 +165,10 @@ def ours_to_published(state_dict: Mapping[str, Tensor], config: ModelConfig) -> 
     Args:
         state_dict: our names -> tensors.
         config: the model they belong to. Its `one_to_many` names the implementation: `internal`
-            is `ms-detr`, `output` is `ms-detr-impl-a`, `none` is the same in all three. One-stage
+            is `ms-detr`, `output` is `ms-detr-impl-a`, `none` is the same in all four. One-stage
             `output` keeps the one-to-many heads of every decoder layer; the published class drops
-            the last and then fails in its first step.
+            the last and then fails in its first step. Hybrid queries (`h-deformable-detr`) are
+            more rows of `query_embed`, if it exists.
 
     Raises:
         ValueError: no published implementation has this architecture, or a name is not ours.
@@ -209,6 +210,18 @@ def _require_published_architecture(config: ModelConfig) -> None:
     }
     if config.backbone == "convnet":
         raise ValueError("backbone convnet: the published code has ResNets only")
+    if config.extra_queries == "group":
+        raise ValueError("extra_queries='group': no published detector of this kind has groups")
+    if config.extra_queries == "hybrid" and config.one_to_many != "none":
+        raise ValueError(
+            f"extra_queries='hybrid' with one_to_many={config.one_to_many!r}: the published H-DETR "
+            "has no one-to-many supervision of its primary queries"
+        )
+    if config.proposal_score != "first_class":
+        raise ValueError(
+            f"proposal_score={config.proposal_score!r}: the published code ranks proposals by the "
+            "first class logit"
+        )
     if config.decoder_order != branches[config.one_to_many]:
         raise ValueError(
             f"decoder_order={config.decoder_order!r} with one_to_many={config.one_to_many!r} "

@@ -47,8 +47,8 @@ class QuerySelection(nn.Module):
         """The sets of the module's mode."""
         return self._training_sets if self.training else self._inference_sets
 
-    def of_mode(self, embeddings: nn.Embedding) -> Tensor:
-        """Rows of the sets of the module's mode, [Q, ...] of [num_embeddings, ...]."""
+    def weight_of(self, embeddings: nn.Embedding) -> Tensor:
+        """Embeddings of the sets of the module's mode, [Q, ...] of [num_embeddings, ...]."""
         return embeddings.weight[: self.sets.num_queries]
 
 
@@ -64,7 +64,7 @@ class EmbeddedQueries(QuerySelection):
 
     def forward(self, memory: FeaturePyramid, heads: DetectionHeads) -> Queries:
         """The same queries for every image of `memory`."""
-        query_pos, content = self.of_mode(self.query_embed).chunk(2, dim=-1)
+        query_pos, content = self.weight_of(self.query_embed).chunk(2, dim=-1)
         reference = at_least_float32(self.reference_points(query_pos)).sigmoid()
         batch = memory.tokens.shape[0]
 
@@ -109,9 +109,8 @@ class ProposalQueries(QuerySelection):
         self.query_embed: nn.Embedding | None = None
         if config.mixed_selection:
             self.query_embed = nn.Embedding(self.num_embeddings, hidden_dim)
-        further_groups = range(num_encoder_groups(config) - 1)
         self.group_enc_output, self.group_enc_output_norm = nn.ModuleList(), nn.ModuleList()
-        for _ in further_groups:
+        for _ in range(num_encoder_groups(config) - 1):
             linear = nn.Linear(hidden_dim, hidden_dim)
             nn.init.xavier_uniform_(linear.weight)
             self.group_enc_output.append(linear)
@@ -145,7 +144,7 @@ class ProposalQueries(QuerySelection):
         embedding = self.pos_trans_norm(self.pos_trans(code.to(self.pos_trans.weight.dtype)))
         query_pos, content = embedding.chunk(2, dim=-1)
         if self.query_embed is not None:
-            content = self.of_mode(self.query_embed).expand(len(tokens), -1, -1)
+            content = self.weight_of(self.query_embed).expand(len(tokens), -1, -1)
         return Queries(content, query_pos, reference, sets, branches)
 
     def _select_by_first_class(

@@ -25,7 +25,7 @@ from parity.golden import GoldenCase, find_cases
 CPU = torch.device("cpu")
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = ["--batches", "2", "--queries", "12", "--targets", "3", "--anchors", "20"]
-TINY += ["--repetitions", "2", "--device", "cpu"]
+TINY += ["--hybrid-queries", "15", "--repetitions", "2", "--device", "cpu"]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,8 @@ def test_wrong_one_to_one_pairs_are_found() -> None:
     inputs = make_inputs(Case("one_to_one", 2, 30, 5))
     query, mask = dense_one_to_one(inputs, "reference")
     query = query.clone()
-    query[4, 0] = next(index for index in range(30) if index not in query[4].tolist())
+    used = query[2, 0].flatten().tolist()
+    query[2, 0, 0] = next(index for index in range(30) if index not in used)
     assert "values differ" in str(find_difference((query, mask), inputs))
 
     # Queries are all the same, so that no assignment costs more than another.
@@ -73,7 +74,7 @@ def test_wrong_one_to_one_pairs_are_found() -> None:
     logits, boxes = (x[:, :, :1].expand_as(x) for x in (inputs.logits, inputs.boxes))
     inputs = inputs._replace(logits=logits, boxes=boxes)
     query, mask = dense_one_to_one(inputs, "reference")
-    both = query[:, :1].expand(-1, 2)
+    both = query[:, :, :1].expand(-1, -1, 2, -1)
     assert find_difference((both, mask), inputs) == "queries that serve several targets"
 
 
@@ -136,12 +137,13 @@ def test_rows(tmp_path: Path) -> None:
         ("one_to_many", "chunked"),
         ("one_to_many", "reference"),
         ("one_to_many", "published"),
-        *((task, name) for task in ("one_to_one", "encoder") for name in peers),
+        *((task, name) for task in ("one_to_one", "hybrid", "encoder") for name in peers),
     }
     for (task, name), row in rows.items():
         assert row["status"] == "ok"
         assert 0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"]
-        assert (row["layers"], row["queries"]) == ((1, 20) if task == "encoder" else (6, 12))
+        assert row["layers"] == (1 if task == "encoder" else 6)
+        assert row["queries"] == {"encoder": 20, "hybrid": 15}.get(task, 12)
         assert row["speedup"] == 1.0 or name != "published"
         assert row["launches"] is None if name == "chunked" else row["launches"] > 10
     assert rows["one_to_many", "reference"]["host_waits"] == 0
@@ -168,7 +170,7 @@ def test_a_wrong_implementation_is_not_timed(
 ) -> None:
     def first_queries(inputs: Inputs) -> tuple[Tensor, Tensor]:
         query, mask = dense_one_to_one(inputs, "reference")
-        return torch.arange(query.shape[1]).expand_as(query), mask
+        return torch.arange(query.shape[2])[:, None].expand_as(query), mask
 
     wrong = Implementation(name="scipy", one_to_one=first_queries)
     monkeypatch.setitem(IMPLEMENTATIONS, "scipy", wrong)
@@ -191,7 +193,7 @@ def test_rows_of_kernels(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     assert main([*TINY[:-1], "cuda", "--output", str(path)]) == 0
     rows = [row for row in json.loads(path.read_text()) if row["implementation"] == "msdetr"]
-    assert {row["task"] for row in rows} == {"one_to_many", "one_to_one", "encoder"}
+    assert {row["task"] for row in rows} == {"one_to_many", "one_to_one", "hybrid", "encoder"}
     for row in rows:
         assert (row["status"], row["host_waits"]) == ("ok", 0)
         assert row["device_us"] > 0

@@ -17,7 +17,7 @@ import pytest
 from benchmarks.assignment import measure as assignment
 from benchmarks.attention import measure as attention
 from benchmarks.attention import tune
-from benchmarks.detector import inference, profile, syncs, train
+from benchmarks.detector import inference, profile, query_sets, supervision, syncs, train
 from benchmarks.gpu import driver as driver_module
 from benchmarks.gpu.__main__ import main as gpu_main
 from benchmarks.gpu.driver import ROOT, Driver, install
@@ -34,6 +34,8 @@ OPTIONS: dict[str, Any] = {
     "benchmarks.detector train": train.Options,
     "benchmarks.detector inference": inference.Options,
     "benchmarks.detector profile": profile.Options,
+    "benchmarks.detector query_sets": query_sets.Options,
+    "benchmarks.detector supervision": supervision.Options,
     "benchmarks.detector syncs": syncs.Options,
     "msdetr.cli.main demo": DemoOptions,
 }

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,19 @@ from torch import Tensor
 from benchmarks.detector.syncs import Options, build_step, main
 from benchmarks.pretended import pretended_device, pretending
 from msdetr.ops.linear_assignment import linear_assignment
+from msdetr.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--preset", "tiny", "--batch", "2", "--height", "64", "--width", "64", "--num-targets", "3"]
+EXTRA_QUERIES: dict[str, dict[str, Any]] = {
+    "tiny-hybrid": {"extra_queries": "hybrid", "num_hybrid_queries": 20},
+    "tiny-group": {
+        "extra_queries": "group",
+        "num_groups": 2,
+        "num_queries": 20,
+        "proposal_score": "best_class",
+    },
+}
 
 x: Tensor
 """[1, 2, 3, 4] on the device, and the same on the host."""
@@ -172,10 +183,15 @@ def _observe() -> dict[str, Any]:
         seen["numpy"] = _error_of(lambda: x.numpy())
         seen["mixed"] = _error_of(lambda: x + host)
         seen["losses"] = [_losses(torch.device("cpu")), _losses(device)]
-    for impl in ("auto", "reference"):
+    tiny = PRESETS["tiny"]
+    for name, change in EXTRA_QUERIES.items():
+        config = replace(tiny.config, model=replace(tiny.config.model, **change))
+        PRESETS[name] = replace(tiny, config=config)
+    for impl, more in (("auto", EXTRA_QUERIES), ("reference", ())):
         output = io.StringIO()
+        arguments = [*TINY, "--device", "pretend", "--check", "--impl", impl]
         with contextlib.redirect_stdout(output):
-            status = main([*TINY, "--device", "pretend", "--check", "--impl", impl])
+            status = main([*arguments, "--more-presets", *more])
         seen[f"check {impl}"] = [status, output.getvalue()]
     return seen
 
@@ -236,7 +252,8 @@ def test_the_pretended_step_computes_what_the_cpu_does(seen: dict[str, Any]) -> 
 def test_the_step_never_waits(seen: dict[str, Any]) -> None:
     status, output = seen["check auto"]
     assert status == 0, output
-    assert "step of tiny: 0 of " in output
+    for name in ("tiny", *EXTRA_QUERIES):
+        assert f"step of {name}: 0 of " in output
     assert "(0 launches" not in output
 
 

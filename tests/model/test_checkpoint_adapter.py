@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from msdetr.config import ModelConfig, RunConfig
+from msdetr.engine.pretrained import load_detector
 from msdetr.model.checkpoint_adapter import (
     load_published_checkpoint,
     load_state,
@@ -22,12 +23,14 @@ from msdetr.model.checkpoint_adapter import (
     published_to_ours,
     split_ignored,
 )
+from msdetr.model.detector import build_detector
 from msdetr.published import (
     PUBLISHED_FLAGS,
     PUBLISHED_NUM_PROCESSES,
     config_from_published_args,
 )
-from parity.golden import golden_models
+from msdetr.structures import ImageBatch
+from parity.golden import canonical_name, golden_models
 
 GOLDEN_MODELS = golden_models()
 golden = pytest.mark.parametrize("name", GOLDEN_MODELS)
@@ -51,17 +54,6 @@ def golden_namespace(case: dict) -> Namespace:
     return Namespace(**values | case["overrides"], world_size=world_size, rank=0, gpu=0)
 
 
-def shared_tensor_name(key: str, flags: list[str]) -> str:
-    """The golden cases' rule of which published names are one tensor."""
-    for family in ("bbox_embed.", "class_embed."):
-        key = key.replace(f"transformer.decoder.{family}", family)
-    key = key.replace("bbox_embed_o2m.", "bbox_embed.")
-    parts = key.split(".")
-    if "--with_box_refine" not in flags and "_embed" in parts[0] and parts[1].isdigit():
-        parts[1] = "0"
-    return ".".join(parts)
-
-
 def published_state(case: dict, *, full_size: bool = False) -> dict[str, torch.Tensor]:
     """A published state dict: random, shared where it is shared there.
 
@@ -71,7 +63,7 @@ def published_state(case: dict, *, full_size: bool = False) -> dict[str, torch.T
     tensors: dict[str, torch.Tensor] = {}
     state = OrderedDict()
     for key, shape in case["state_dict"].items():
-        name = shared_tensor_name(key, case["flags"])
+        name = canonical_name(key, case)
         if name not in tensors:
             seed = zlib.crc32(name.encode())
             generator = torch.Generator().manual_seed(seed)
@@ -93,7 +85,7 @@ def test_round_trip_keeps_every_published_tensor(name):
     config = golden_config(case).model
     published = published_state(case)
     ours = published_to_ours(published, config)
-    assert len(ours) == len({shared_tensor_name(key, case["flags"]) for key in published})
+    assert len(ours) == len({canonical_name(key, case) for key in published})
     assert_same_tensors(ours_to_published(ours, config), published)
 
 
@@ -103,7 +95,7 @@ def test_canonical_names_are_those_of_the_recorded_gradients(name):
     ours = published_to_ours(published_state(case), golden_config(case).model)
     names = [published_name(key) for key in ours]
     assert len(set(names)) == len(names)
-    assert set(names) >= case["grad_norms"].keys()
+    assert set(names) >= {canonical_name(key, case) for key in case["grad_norms"]}
 
 
 @golden
@@ -151,6 +143,8 @@ ONE_STAGE_SHARED = replace(
     one_to_many_ffn=False,
 )
 OUTPUT = replace(SMALL, decoder_order="self_cross", one_to_many="output", one_to_many_ffn=False)
+HYBRID = replace(OUTPUT, one_to_many="none", extra_queries="hybrid", num_hybrid_queries=9)
+GROUP = replace(HYBRID, extra_queries="group", proposal_score="best_class")
 VARIANTS = {
     "internal": SMALL,
     "internal without ffn": replace(SMALL, one_to_many_ffn=False),
@@ -162,6 +156,10 @@ VARIANTS = {
     "output, one stage": replace(OUTPUT, two_stage=False),
     "none, shared heads": ONE_STAGE_SHARED,
     "none, two stage, shared heads": replace(ONE_STAGE_SHARED, two_stage=True),
+    "hybrid": HYBRID,
+    "hybrid plus": replace(HYBRID, mixed_selection=True, look_forward_twice=True),
+    "hybrid, one stage": replace(HYBRID, two_stage=False),
+    "hybrid, shared heads": replace(HYBRID, box_refine=False),
     "learned positions, resnet101": replace(
         SMALL, position_embedding="learned", backbone="resnet101", dilation=True
     ),
@@ -274,6 +272,11 @@ def test_copies_that_differ_are_refused():
         (replace(SMALL, decoder_order="self_cross"), "no published implementation"),
         (replace(OUTPUT, decoder_order="cross_self"), "no published implementation"),
         (replace(OUTPUT, mixed_selection=True), "mixed_selection"),
+        (GROUP, "extra_queries='group'"),
+        (replace(GROUP, extra_queries="none"), "proposal_score='best_class'"),
+        (replace(HYBRID, one_to_many="output"), "extra_queries='hybrid' with one_to_many='output'"),
+        (replace(SMALL, extra_queries="hybrid"), "one_to_many='internal'"),
+        (replace(HYBRID, decoder_order="cross_self"), "no published implementation"),
     ],
 )
 def test_architectures_that_nobody_published_are_refused(config, complaint):
@@ -393,6 +396,57 @@ def test_weights_without_arguments_need_a_configuration(save, content):
     loaded = load_published_checkpoint(path, config=RunConfig())
     assert loaded.state_dict.keys() == {"heads.class_embed.0.weight", "level_embed"}
     assert loaded.epoch == content.get("epoch")
+
+
+@pytest.mark.parametrize("two_stage", [True, False], ids=["mixed selection", "one stage"])
+def test_a_file_of_h_detr_becomes_a_detector(save, two_stage):
+    """From a file as H-DETR writes it to predictions, and back."""
+    flags = PUBLISHED_FLAGS["h-deformable-detr"]
+    given = {
+        "with_box_refine": True,
+        "two_stage": two_stage,
+        "mixed_selection": two_stage,
+        "look_forward_twice": True,
+        "hidden_dim": 32,
+        "nheads": 4,
+        "enc_layers": 1,
+        "dec_layers": 2,
+        "dim_feedforward": 16,
+        "num_queries_one2one": 7,
+        "num_queries_one2many": 11,
+        "k_one2many": 3,
+        "lambda_one2many": 0.5,
+        "topk": 5,
+        "use_wandb": True,
+        "distributed": True,
+        "world_size": 4,
+        "rank": 0,
+        "gpu": 0,
+        "dist_url": "env://",
+        "dist_backend": "nccl",
+        "override_resumed_lr_drop": True,
+    }
+    args = Namespace(**{name: flag.default for name, flag in flags.items()} | given)
+    config = config_from_published_args(args).model
+    written = build_detector(replace(config, backbone_weights="none")).state_dict()
+    rows = written["query_selection.query_embed.weight"].shape
+    assert rows == ((18, 32) if two_stage else (18, 64))
+    published = ours_to_published(written, config)
+    assert {name.partition(".")[0] for name in published} == {
+        *("backbone", "bbox_embed", "class_embed", "input_proj", "query_embed", "transformer")
+    }
+
+    path = save({"model": published, "args": args, "epoch": 11})
+    loaded = load_detector(path)
+    assert (loaded.config.eval.max_detections, loaded.config.train.batch_size) == (5, 8)
+    assert loaded.config.assignment.hybrid_k == 3
+    assert_same_tensors(loaded.model.state_dict(), written)
+    assert_same_tensors(ours_to_published(loaded.model.state_dict(), config), published)
+    images = ImageBatch(torch.randn(1, 3, 64, 96), torch.tensor([[64, 96]]))
+    with torch.no_grad():
+        output = loaded.model(images)
+    assert output.branches.keys() == {"one_to_one"}
+    assert output.one_to_one.logits.shape == (2, 1, 7, 91)
 
 
 class Intruder:

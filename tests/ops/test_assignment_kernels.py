@@ -243,6 +243,14 @@ class TestCopies:
         cost = torch.randn(1, len(count), queries, slots)
         check_copies(cost, torch.tensor(count), copies, kernel_device, unique=True)
 
+    @pytest.mark.parametrize("queries", [100, 75])  # fewer than places in the second case
+    def test_more_targets_than_a_block(self, kernel_device, monkeypatch, queries):
+        from msdetr.kernels import linear_assignment as kernel
+
+        monkeypatch.setattr(kernel, "_MAX_BLOCK", 32)
+        cost = torch.randn(1, 2, queries, 40)
+        check_copies(cost, torch.tensor([40, 34]), 2, kernel_device, unique=True)
+
     @pytest.mark.parametrize("queries", [26, 20])  # fewer than places in the second case
     def test_crowded_targets(self, kernel_device, queries):
         """Some targets are equal, all want the same queries, and two queries are equal."""

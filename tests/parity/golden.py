@@ -15,7 +15,10 @@ from torch import Tensor
 
 from benchmarks.detector.published import by_published_name
 from msdetr.published import PUBLISHED_FLAGS
-from msdetr.structures import ImageBatch, Targets
+from msdetr.structures import Assignment, ImageBatch, Targets
+
+MODEL_TOLERANCE = 1e-5
+"""Of whole models, relative. Anchors and position codes are float32 in the published code."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,10 @@ class GoldenCase:
             if name.startswith(prefix)
         }
 
+    def pairs(self, name: str) -> list[list[int]]:
+        """Recorded (query, target) pairs of one image, by target, then query."""
+        return sorted(self.arrays[name].tolist(), key=lambda pair: pair[::-1])
+
     def targets(self) -> Targets:
         """Padded targets; two slots more than needed, filled with what must not matter."""
         boxes, labels = [], []
@@ -77,16 +84,51 @@ class GoldenCase:
 
     def published_state_dict(self) -> dict[str, Tensor]:
         """Weights by the rule of the golden set, under their published names."""
-        refined = "--with_box_refine" in self.info["flags"]
         return {
-            name: _weight(_canonical(name, refined), shape)
+            name: _weight(canonical_name(name, self.info), shape)
             for name, shape in self.info["state_dict"].items()
+        }
+
+    @cached_property
+    def grad_norms(self) -> dict[str, float]:
+        """Gradient norms by canonical name, of the parameters that get a gradient."""
+        return {
+            canonical_name(name, self.info): norm
+            for name, norm in self.info["grad_norms"].items()
+            if norm is not None
         }
 
 
 def published_values(terms: dict[str, Tensor]) -> dict[str, float]:
     """Loss terms under their published names: `loss_ce_0`, ..., `loss_ce`, `loss_ce_0_o2m`, ..."""
     return {name: value.item() for name, value in by_published_name(terms).items()}
+
+
+def published_pairs(
+    assignment: Assignment, layer: int, image: int, *, num_groups: int = 1
+) -> list[list[int]]:
+    """(query, target) pairs of one image, by target, then query; groups follow each other."""
+    group_size = assignment.target_class.shape[2]
+    pairs = []
+    for group in range(num_groups):
+        problem = image * num_groups + group
+        query_index, mask = (x[layer, problem] for x in (assignment.query_index, assignment.mask))
+        for target, place in mask.nonzero().tolist():
+            pairs.append([int(query_index[target, place]) + group * group_size, target])
+    return sorted(pairs, key=lambda pair: pair[::-1])
+
+
+def assert_relative(
+    result: Tensor, expected: Tensor, what: str, tolerance: float = MODEL_TOLERANCE
+) -> None:
+    """Compare elements, relative to themselves or to the largest of the tensor."""
+    torch.testing.assert_close(
+        result,
+        expected,
+        rtol=tolerance,
+        atol=tolerance * expected.abs().max().item(),
+        msg=lambda text: f"{what}: {text}",
+    )
 
 
 def find_cases(folder: Path, prefixes: tuple[str, ...]) -> list[GoldenCase]:
@@ -113,12 +155,19 @@ def golden_models() -> dict[str, dict[str, Any]]:
     }
 
 
-def _canonical(name: str, refined: bool) -> str:
+def canonical_name(name: str, info: dict[str, Any]) -> str:
+    """The one name of a tensor of which a published state dict lists several copies.
+
+    From the map of the case, or in cases without one from the rule for MS-DETR.
+    """
+    if "canonical" in info:
+        return info["canonical"].get(name, name)
     for head in ("bbox_embed.", "class_embed."):
         name = name.replace(f"transformer.decoder.{head}", head)
     name = name.replace("bbox_embed_o2m.", "bbox_embed.")
     first, _, rest = name.partition(".")
-    if not refined and first in ("bbox_embed", "class_embed", "class_embed_o2m"):
+    shared = "--with_box_refine" not in info.get("flags", [])
+    if shared and first in ("bbox_embed", "class_embed", "class_embed_o2m"):
         name = f"{first}.0.{rest.partition('.')[2]}"
     return name
 

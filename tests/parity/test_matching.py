@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from msdetr.config import AssignmentConfig
 from msdetr.ops.linear_assignment import linear_assignment
 from msdetr.ops.matching_cost import matching_cost
 from msdetr.ops.one_to_many import one_to_many
-from msdetr.structures import Branch, Predictions, Targets
+from msdetr.structures import Assignment, Branch, Predictions, Targets
 from msdetr.supervision.matchers import MatchContext, one_to_many_matcher
-from parity.golden import GoldenCase
-
-
-def _pairs(query_index: Tensor, mask: Tensor) -> list[list[int]]:
-    """(query, target) pairs of one image from [T, k] places, by target, then query."""
-    pairs = [(int(query_index[target, place]), target) for target, place in mask.nonzero().tolist()]
-    return [list(pair) for pair in sorted(pairs, key=lambda pair: (pair[1], pair[0]))]
+from parity.golden import GoldenCase, published_pairs
 
 
 def _device(impl: str, request: pytest.FixtureRequest) -> torch.device:
@@ -46,9 +39,9 @@ def test_one_to_many(case: GoldenCase, impl: str, request: pytest.FixtureRequest
         impl=impl,
         **options,
     )
+    found = Assignment(pairs.query_index, pairs.mask, pairs.best_class)
     for image in range(len(targets.count)):
-        result = _pairs(pairs.query_index[0, image], pairs.mask[0, image])
-        assert result == case.arrays[f"pairs{image}"].tolist()
+        assert published_pairs(found, 0, image) == case.pairs(f"pairs{image}")
         cost = case.tensor(f"cost{image}")
         for target, place in pairs.mask[0, image].nonzero().tolist():
             query = pairs.query_index[0, image, target, place].cpu()
@@ -89,6 +82,6 @@ def test_one_to_one(case: GoldenCase, impl: str, request: pytest.FixtureRequest)
     )
     query_index, mask = linear_assignment(cost[0], targets.count, impl=impl)
     for image in range(len(targets.count)):
-        result = _pairs(query_index[image, :, None], mask[image, :, None])
-        published = sorted(case.arrays[f"pairs{image}"].tolist(), key=lambda pair: pair[::-1])
-        assert result == published
+        served = mask[image].nonzero().flatten().tolist()
+        result = [[int(query_index[image, target]), target] for target in served]
+        assert result == case.pairs(f"pairs{image}")

@@ -1,0 +1,131 @@
+"""What each supervision costs, and how query sets attend, at sizes that take seconds."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import table
+from benchmarks.detector import query_sets, supervision
+from benchmarks.detector.cases import Case
+from benchmarks.detector.flops import detector_flops
+from benchmarks.detector.query_sets import check_agreement, forms
+from benchmarks.detector.supervision import groups_of, over_baseline, pairs, too_slow
+from msdetr.config import ModelConfig
+
+BASELINE = "deformable-detr-pp-r50-300"
+SMALL = ["--height", "64", "--width", "64", "--batches", "1", "--device", "cpu"]
+
+
+def step_row(preset: str, seconds: float, batch: int = 2) -> dict[str, Any]:
+    case = {"implementation": "eager", "dtype": "float32", "batch": batch}
+    return {**case, "preset": preset, "seconds_p50": seconds}
+
+
+def test_pairs_of_recipes_write_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.json"
+    arguments = [*SMALL, "--presets", "tiny", "deformable-detr-r50", "--warmup", "0"]
+    arguments += ["--steps", "1", "--output", str(path), "--check"]
+    assert supervision.main(arguments) == 1
+    assert "ms-detr-pp-r50-300 was not compared" in capsys.readouterr().out
+    rows = json.loads(path.read_text())
+    assert [row["preset"] for row in rows] == ["tiny", "deformable-detr-r50"]
+    assert [row["baseline"] for row in rows] == ["tiny", "tiny"]
+    assert rows[0]["time_over_baseline"] == 1.0
+    assert rows[1]["time_over_baseline"] == rows[1]["seconds_p50"] / rows[0]["seconds_p50"]
+    assert rows[1]["time_over_baseline"] > 1.5
+    assert rows[1]["peak_memory_mb"] > rows[0]["peak_memory_mb"] > 100
+
+
+def test_the_baseline_is_in_each_pair() -> None:
+    names = ("tiny", "deformable-detr-r50", "ms-detr-r50-300")
+    cases = [Case(preset=name, batch=batch) for name in names for batch in (1, 2)]
+    paired = [
+        [(case.preset, case.batch) for _, case in pair]
+        for pair in pairs(groups_of(cases, ["eager"]))
+    ]
+    assert paired == [[("tiny", b), (name, b)] for b in (1, 2) for name in names[1:]]
+
+
+def test_times_are_compared_within_a_pair() -> None:
+    measured = [
+        *(step_row(BASELINE, 2.0), step_row("ms-detr-pp-r50-300", 2.1)),
+        *(step_row(BASELINE, 4.0), step_row("h-deformable-detr-r50", 5.0)),
+        step_row("h-deformable-detr-r50", 5.0, batch=8),
+    ]
+    rows = list(over_baseline(measured, BASELINE))
+    assert [row["time_over_baseline"] for row in rows] == [1.0, 1.05, 1.25, None]
+    assert [row["seconds_p50"] for row in rows] == [2.0, 2.1, 5.0, 5.0]
+    assert too_slow(rows) == []
+    assert too_slow(over_baseline([step_row("ms-detr-pp-r50-300", 2.1)], BASELINE)) == [
+        "ms-detr-pp-r50-300 was not compared with the baseline"
+    ]
+    (failure,) = too_slow([{**rows[1], "time_over_baseline": 1.07}])
+    assert failure == "ms-detr-pp-r50-300 takes 1.070 of the baseline's time, not 1.06"
+
+
+@pytest.mark.parametrize("presets", [["tiny"], ["tiny", "tiny"]])
+def test_a_comparison_needs_two_recipes(
+    presets: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        supervision.main([*SMALL, "--presets", *presets])
+    assert "give a baseline" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_the_table_shows_the_published_cost() -> None:
+    where = {"device": "a CPU", "torch": "2", "triton": "3", "commit": "abc"}
+    where |= {"height": 480, "width": 640, "peak_memory_mb": 3072.0}
+    measured = [step_row(BASELINE, 2.0), step_row("h-deformable-detr-r50", 2.5)]
+    rows = [{**row, **where} for row in over_baseline(measured, BASELINE)]
+    text = table.tables(table.SECTIONS["supervision"], rows)
+    assert f"baseline {BASELINE}, implementation eager, height 480" in text
+    assert f"| {BASELINE} | 2 s | +0.0% | - | 3.0 GiB |" in text
+    assert "| h-deformable-detr-r50 | 2.5 s | +25.0% | +31% | 3.0 GiB |" in text
+
+
+def test_extra_queries_take_operations_in_training_only() -> None:
+    (without, hybrid, group), (expected, *inference) = (
+        [
+            detector_flops(Case(preset=name, batch=1, height=288, width=352), training=training)
+            for name in (BASELINE, "h-deformable-detr-r50", "group-deformable-detr-r50")
+        ]
+        for training in (True, False)
+    )
+    assert 1.1 * without < hybrid < group
+    # A group projects the proposals that it selects twice.
+    assert inference == [expected, pytest.approx(expected, rel=1e-3)]
+
+
+@pytest.mark.parametrize("sizes", [(3, 7), (4, 4, 4)])
+def test_all_forms_attend_within_a_set(sizes: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, sum(sizes), 5, requires_grad=True) for _ in range(3)]
+    calls = forms(inputs, sizes)
+    assert len(calls) == 2 + (len(set(sizes)) == 1)
+    check_agreement(calls, tolerance=1e-5)
+    query, key, value = (x[:, :, : sizes[0]] for x in inputs)
+    expected = (query @ key.transpose(2, 3) / 5**0.5).softmax(3) @ value
+    torch.testing.assert_close(calls["mask"]()[0][:, :, : sizes[0]], expected)
+
+
+def test_forms_that_differ_are_refused() -> None:
+    calls = {"one": lambda: [torch.ones(2)], "other": lambda: [torch.tensor([1.0, 1.1])]}
+    with pytest.raises(ValueError, match=r"'other' differs from the first form by 1\.0e-01"):
+        check_agreement(calls, tolerance=1e-2)
+
+
+def test_forms_write_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = functools.partial(ModelConfig, num_queries=6, num_hybrid_queries=10, num_groups=3)
+    monkeypatch.setattr(query_sets, "ModelConfig", small)
+    path = tmp_path / "rows.json"
+    assert query_sets.main(["--device", "cpu", "--repetitions", "3", "--output", str(path)]) == 0
+    rows = json.loads(path.read_text())
+    assert [row["sets"] for row in rows] == ["6+10"] * 2 + ["3x6"] * 3
+    for sets in ("6+10", "3x6"):
+        assert min(row["over_fastest"] for row in rows if row["sets"] == sets) == 1.0
