@@ -62,7 +62,10 @@ def forms(inputs: Sequence[Tensor], sizes: Sequence[int]) -> Calls:
     within = torch.block_diag(*(inputs[0].new_ones(size, size) for size in sizes))
     mask = torch.zeros_like(within).masked_fill_(within == 0, -torch.inf)
     upstream = torch.randn_like(inputs[0])
-    attend = F.scaled_dot_product_attention
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        attended: Tensor = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return attended
 
     def per_set() -> Tensor:
         sets = zip(*(x.split(list(sizes), dim=2) for x in inputs), strict=True)
@@ -70,10 +73,11 @@ def forms(inputs: Sequence[Tensor], sizes: Sequence[int]) -> Calls:
 
     def folded() -> Tensor:
         sets = (x.unflatten(2, (len(sizes), -1)).transpose(1, 2).flatten(0, 1) for x in inputs)
-        return attend(*sets).unflatten(0, (-1, len(sizes))).transpose(1, 2).flatten(2, 3)
+        attended = torch.unflatten(attend(*sets), 0, (-1, len(sizes)))
+        return attended.transpose(1, 2).flatten(2, 3)
 
     def masked() -> Tensor:
-        return attend(*inputs, attn_mask=mask)
+        return attend(*inputs, mask=mask)
 
     def both_passes(forward: Callable[[], Tensor]) -> Sequence[Tensor]:
         output = forward()

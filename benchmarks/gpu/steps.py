@@ -72,7 +72,7 @@ RUN = (
     ),
     Step(
         "host_reads",
-        40,
+        50,
         "-m benchmarks.detector syncs --device cuda --check --height 480 --width 640 "
         "--more-presets h-deformable-detr-r50 group-deformable-detr-r50 "
         "ms-h-deformable-detr-r50 ms-group-deformable-detr-r50",
@@ -100,7 +100,7 @@ RUN = (
     ),
     Step(
         "train_step",
-        155,
+        145,
         f"{_STEP} --batches 2 8 --dtypes bfloat16 --steps 20 "
         "--implementations eager compiled-graphs compiled --output {out}/train_step_cuda.json",
         _TINY_STEP,
