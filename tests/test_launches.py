@@ -108,7 +108,7 @@ def test_groups_copy_the_targets_of_a_step_once():
     selected = output.branches["encoder"]._replace(anchors=None)
     grouped = DetectorOutput(
         {
-            name: branch._replace(num_groups=4)
+            name: branch._replace(num_groups=2)
             for name, branch in (output.branches | {"encoder_selected": selected}).items()
             if name != "encoder"
         }

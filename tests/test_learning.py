@@ -24,13 +24,12 @@ RECIPE = ("extra_queries", "proposal_score", "decoder_order", "one_to_many", "on
 
 
 def tiny_form(name: str, data: Path, output: Path) -> RunConfig:
-    """The supervision of a preset on the model of `tiny`. Queries are as many times more in
-    training as H-DETR's are."""
+    """The supervision of a preset on the model of `tiny`, with few extra queries."""
     preset, tiny = PRESETS[name].config, PRESETS["tiny"].config
     fields = {field: getattr(preset.model, field) for field in RECIPE}
     return replace(
         tiny,
-        model=replace(tiny.model, **fields, num_hybrid_queries=200, num_groups=6),
+        model=replace(tiny.model, **fields, num_hybrid_queries=100, num_groups=3),
         assignment=preset.assignment,
         loss=preset.loss,
         data=replace(tiny.data, root=data),
