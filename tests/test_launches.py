@@ -92,6 +92,33 @@ def test_all_assignments_of_a_step(config, counts):
     assert result == expected
 
 
+def test_hybrid_queries_take_three_more():
+    output, targets = step((1, 2))
+    hybrid = Branch(Predictions(torch.randn(1, 2, 20, 4), random_boxes(1, 2, 20)))
+    extended = DetectorOutput(output.branches | {"hybrid": hybrid})
+    criterion = Criterion(DEFAULT, LossConfig(), impl="triton")
+    priority = {"one_to_many": torch.rand(6, 2, 12)}
+    result = launches_of(lambda: criterion.assign(extended, targets, priority=priority))
+    assert result == ONE_TO_ONE + ONE_TO_ONE + ONE_TO_ONE + ONE_TO_MANY
+
+
+def test_groups_copy_the_targets_of_a_step_once():
+    """Labels, boxes and counts."""
+    output, targets = step((1, 2))
+    selected = output.branches["encoder"]._replace(anchors=None)
+    grouped = DetectorOutput(
+        {
+            name: branch._replace(num_groups=2)
+            for name, branch in (output.branches | {"encoder_selected": selected}).items()
+            if name != "encoder"
+        }
+    )
+    criterion = Criterion(DEFAULT, LossConfig(), impl="triton")
+    priority = {"one_to_many": torch.rand(6, 2, 12)}
+    result = launches_of(lambda: criterion.assign(grouped, targets, priority=priority))
+    assert result == ONE_TO_ONE + ONE_TO_ONE + ONE_TO_MANY + Counter(clone=3)
+
+
 def test_a_priority_that_is_not_given_is_drawn():
     output, targets = step()
     criterion = Criterion(DEFAULT, LossConfig(), impl="triton")

@@ -45,6 +45,23 @@ TINY_MODEL = ModelConfig(
     look_forward_twice=True,
 )
 
+_MS_HYBRID = dataclasses.replace(TINY_MODEL, extra_queries="hybrid", num_hybrid_queries=10)
+_MS_GROUP = dataclasses.replace(
+    TINY_MODEL, extra_queries="group", num_groups=3, proposal_score="best_class"
+)
+_ALONE: dict[str, Any] = {
+    "decoder_order": "self_cross",
+    "one_to_many": "none",
+    "one_to_many_ffn": False,
+}
+EXTRA_QUERIES = {
+    "hybrid": dataclasses.replace(_MS_HYBRID, **_ALONE),
+    "group": dataclasses.replace(_MS_GROUP, **_ALONE),
+    "ms-hybrid": _MS_HYBRID,
+    "ms-group": _MS_GROUP,
+}
+"""Small models with extra queries, with and without one-to-many supervision."""
+
 
 def tiny_config(data_root: Path, output: Path, **changes: object) -> RunConfig:
     """A run of a few steps; `changes` replace top-level fields."""
@@ -69,13 +86,15 @@ def tiny_config(data_root: Path, output: Path, **changes: object) -> RunConfig:
     return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
 
 
-def deterministic_config(data: Path, output: Path, **train: Any) -> RunConfig:
+def deterministic_config(
+    data: Path, output: Path, model: ModelConfig = TINY_MODEL, **train: Any
+) -> RunConfig:
     """Four steps without random numbers per rank: no dropout, no augmentation, all one-to-many
     positives kept. `train` replaces fields of the training loop."""
     return tiny_config(
         data,
         output,
-        model=dataclasses.replace(TINY_MODEL, num_classes=None, dropout=0.0),
+        model=dataclasses.replace(model, num_classes=None, dropout=0.0),
         assignment=AssignmentConfig(positive_fraction=1.0),
         data=DataConfig(
             root=data,

@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from engine.helpers import TINY_MODEL, tiny_config
+from engine.helpers import EXTRA_QUERIES, TINY_MODEL, tiny_config
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from msdetr.config import (
     AssignmentConfig,
     CompileConfig,
+    ModelConfig,
     OptimizerConfig,
     RunConfig,
     TrainConfig,
@@ -66,7 +67,12 @@ class Capture:
 
 
 def config(
-    data: Path, output: Path, *, optimizer: Literal["adamw", "sgd"] = "adamw", **train: Any
+    data: Path,
+    output: Path,
+    *,
+    optimizer: Literal["adamw", "sgd"] = "adamw",
+    model: ModelConfig = TINY_MODEL,
+    **train: Any,
 ) -> RunConfig:
     options = {"epochs": 2, "batch_size": 4, "log_every": 1, "eval_every": 0} | train
     return tiny_config(
@@ -74,7 +80,7 @@ def config(
         output,
         # More positives than are kept, so that the result depends on the draw.
         assignment=AssignmentConfig(positive_fraction=0.25, one_to_many_threshold=0.0),
-        model=dataclasses.replace(TINY_MODEL, num_classes=None, dropout=0.2),
+        model=dataclasses.replace(model, num_classes=None, dropout=0.2),
         train=TrainConfig(**options),
         optimizer=OptimizerConfig(name=optimizer),
     )
@@ -97,11 +103,15 @@ def capturing(config: RunConfig) -> tuple[Trainer, Capture]:
     return trainer, capture
 
 
-@pytest.mark.parametrize("train", [{}, {"accumulation_steps": 2, "ema_decay": 0.5}])
-def test_replayed_steps_are_the_steps(shapes: Path, tmp_path: Path, train: dict[str, Any]):
-    plain = build_trainer(config(shapes, tmp_path / "plain", optimizer="sgd", **train), WORKER)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"model": EXTRA_QUERIES["ms-group"], "accumulation_steps": 2, "ema_decay": 0.5}],
+    ids=["plain", "groups and parts"],
+)
+def test_replayed_steps_are_the_steps(shapes: Path, tmp_path: Path, options: dict[str, Any]):
+    plain = build_trainer(config(shapes, tmp_path / "plain", optimizer="sgd", **options), WORKER)
     plain.train()
-    trainer, capture = capturing(config(shapes, tmp_path / "captured", optimizer="sgd", **train))
+    trainer, capture = capturing(config(shapes, tmp_path / "captured", optimizer="sgd", **options))
     trainer.train()
     assert trainer.step == plain.step > 4
     # A graph per shape (images of 48 and of 64 pixels are both padded to 64), and the update's.

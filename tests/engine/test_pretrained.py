@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.helpers import TINY_MODEL, tiny_config
+from engine.helpers import EXTRA_QUERIES, TINY_MODEL, tiny_config
 
 from msdetr.annotations.labels import LabelMap
 from msdetr.config import ModelConfig, RunConfig, config_to_dict
@@ -25,15 +25,16 @@ CONFIG = RunConfig(model=TINY_MODEL)
 
 def write(model: Detector, folder: Path, kind: str) -> Path:
     state_dict = model.state_dict()
+    config = dataclasses.replace(CONFIG, model=model.config)
     if kind == "weights":
         path = folder / "weights.safetensors"
-        save_weights(path, state_dict, CONFIG, LABELS.to_dict())
+        save_weights(path, state_dict, config, LABELS.to_dict())
         return path
     progress = Progress(
         step=1,
         epoch=0,
         steps_per_epoch=2,
-        config=config_to_dict(CONFIG),
+        config=config_to_dict(config),
         label_map=LABELS.to_dict(),
         world_size=1,
     )
@@ -45,11 +46,23 @@ def write(model: Detector, folder: Path, kind: str) -> Path:
     return save_checkpoint(tensors, progress, folder, worker, keep=1)
 
 
-@pytest.mark.parametrize("kind", ["weights", "checkpoint", "ema"])
-def test_a_detector_comes_back_from_its_files(tmp_path: Path, kind: str) -> None:
-    model = build_detector(TINY_MODEL)
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("weights", TINY_MODEL),
+        ("checkpoint", TINY_MODEL),
+        ("ema", TINY_MODEL),
+        ("weights", EXTRA_QUERIES["ms-hybrid"]),
+        ("ema", EXTRA_QUERIES["ms-group"]),
+    ],
+    ids=["weights", "checkpoint", "ema", "weights of ms-hybrid", "ema of ms-group"],
+)
+def test_a_detector_comes_back_from_its_files(
+    tmp_path: Path, kind: str, config: ModelConfig
+) -> None:
+    model = build_detector(config)
     loaded = load_detector(write(model, tmp_path, kind))
-    assert loaded.config == CONFIG
+    assert loaded.config == RunConfig(model=config)
     assert loaded.label_map == loaded.known_label_map == LABELS
     assert not loaded.model.training
     for name, tensor in model.state_dict().items():
@@ -118,18 +131,27 @@ def test_files_that_hold_no_weights(tmp_path: Path) -> None:
         load_detector(tmp_path / "absent.pt")
 
 
-def test_other_classes_start_fresh(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    source = build_detector(TINY_MODEL)
+@pytest.mark.parametrize(
+    ("model_config", "group_heads"), [(TINY_MODEL, 0), (EXTRA_QUERIES["group"], 2)]
+)
+def test_other_classes_start_fresh(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    model_config: ModelConfig,
+    group_heads: int,
+) -> None:
+    source = build_detector(model_config)
     path = write(source, tmp_path, "weights")
-    config = dataclasses.replace(TINY_MODEL, num_classes=7)
+    config = dataclasses.replace(model_config, num_classes=7)
     model = build_detector(config)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with caplog.at_level(logging.WARNING):
         fresh = start_from_weights(model, path, RunConfig(model=config))
     num_heads = TINY_MODEL.num_decoder_layers + 1
-    assert sorted(fresh) == sorted(
-        f"heads.class_embed.{i}.{kind}" for i in range(num_heads) for kind in ("weight", "bias")
-    )
+    heads = [f"class_embed.{i}" for i in range(num_heads)]
+    heads += [f"group_class_embed.{i}" for i in range(group_heads)]
+    assert set(fresh) == {f"heads.{head}.{kind}" for head in heads for kind in ("weight", "bias")}
+    assert len(fresh) == len(set(fresh))
     assert "has 4 classes, this run 7" in caplog.text
     assert all(name in caplog.text for name in fresh)
     for name, tensor in model.state_dict().items():

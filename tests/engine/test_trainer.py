@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine.helpers import TINY_MODEL, tiny_config
+from engine.helpers import EXTRA_QUERIES, TINY_MODEL, tiny_config
 
 from msdetr.config import (
     AssignmentConfig,
@@ -130,12 +130,23 @@ def test_training_learns(shapes: Path, tmp_path: Path) -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
-@pytest.mark.parametrize("stop", [2, 3, 4])
-def test_resume_is_exact(shapes: Path, tmp_path: Path, stop: int) -> None:
+@pytest.mark.parametrize(
+    ("stop", "model"),
+    [(2, EXTRA_QUERIES["ms-hybrid"]), (3, TINY_MODEL), (4, EXTRA_QUERIES["ms-group"])],
+    ids=["2, ms-hybrid", "3, ms-detr", "4, ms-group"],
+)
+def test_resume_is_exact(shapes: Path, tmp_path: Path, stop: int, model: ModelConfig) -> None:
     # Dropout, flips, sizes, order and one-to-many draws are all random here.
     ema = {"ema_decay": 0.9, "ema_warmup_steps": 2}
-    straight = tiny_config(shapes, tmp_path / "straight", train=train_config(max_steps=5, **ema))
-    stopped = tiny_config(shapes, tmp_path / "resumed", train=train_config(max_steps=stop, **ema))
+    straight = tiny_config(
+        shapes,
+        tmp_path / "straight",
+        model=dataclasses.replace(model, num_classes=None),
+        train=train_config(max_steps=5, **ema),
+    )
+    stopped = dataclasses.replace(
+        straight, output=tmp_path / "resumed", train=train_config(max_steps=stop, **ema)
+    )
     resumed = dataclasses.replace(stopped, train=straight.train, resume="auto")
     expected, _ = train(straight)
     train(stopped)
@@ -465,6 +476,7 @@ _VARIANTS = {
         look_forward_twice=False,
     ),
     "learned positions": dataclasses.replace(TINY_MODEL, position_embedding="learned"),
+    **EXTRA_QUERIES,
 }
 
 

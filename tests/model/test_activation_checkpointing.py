@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from engine.helpers import TINY_MODEL
+from engine.helpers import EXTRA_QUERIES, TINY_MODEL
 from torch import Tensor
 
 from msdetr.config import AssignmentConfig, LossConfig, ModelConfig
@@ -26,6 +26,7 @@ MODELS = {
         one_to_many="none",
         one_to_many_ffn=False,
     ),
+    **EXTRA_QUERIES,
 }
 
 

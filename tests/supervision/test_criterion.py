@@ -415,19 +415,21 @@ def test_results_do_not_depend_on_the_number_of_slots():
 
 
 @pytest.mark.parametrize(
-    ("impl", "indices_merge", "counts"),
+    ("impl", "indices_merge", "counts", "groups"),
     [
-        ("reference", True, (3, 0, 5)),
-        ("reference", False, (3, 0, 5)),
-        ("triton", True, (3, 0, 5)),
-        ("triton", False, (0, 0, 0)),
+        ("reference", True, (3, 0, 5), 1),
+        ("reference", False, (3, 0, 5), 2),
+        ("triton", True, (3, 0, 5), 1),
+        ("triton", False, (0, 0, 0), 2),
     ],
 )
-def test_compiles_in_one_graph(request, impl, indices_merge, counts):
+def test_compiles_in_one_graph(request, impl, indices_merge, counts, groups):
     if impl == "triton":
         request.getfixturevalue("kernel_device")
     torch._dynamo.reset()
     output, targets = random_output(counts)
+    for name in ("one_to_one", "one_to_many"):
+        output.branches[name] = output.branches[name]._replace(num_groups=groups)
     criterion = Criterion(AssignmentConfig(indices_merge=indices_merge), LossConfig(), impl=impl)
     if torch.cuda.is_available() and impl == "triton":
         pytest.skip("this file's scenes are on the CPU")
