@@ -104,7 +104,7 @@ SECTIONS = {
     "supervision": Section(
         ("supervision",),
         (),
-        ("baseline", "implementation", "height", "width", "dtype", "batch", "preset"),
+        ("implementation", "height", "width", "dtype", "batch", "preset"),
         {
             "seconds_p50": ("step", "seconds"),
             "time_over_baseline": ("over the baseline", ".1% change"),

@@ -84,7 +84,7 @@ def test_the_table_shows_the_published_cost() -> None:
     measured = [step_row(BASELINE, 2.0), step_row("h-deformable-detr-r50", 2.5)]
     rows = [{**row, **where} for row in over_baseline(measured, BASELINE)]
     text = table.tables(table.SECTIONS["supervision"], rows)
-    assert f"baseline {BASELINE}, implementation eager, height 480" in text
+    assert "**implementation eager, height 480, width 640" in text
     assert f"| {BASELINE} | 2 s | +0.0% | - | 3.0 GiB |" in text
     assert "| h-deformable-detr-r50 | 2.5 s | +25.0% | +31% | 3.0 GiB |" in text
 
