@@ -100,9 +100,10 @@ class Criterion(nn.Module):
         Args:
             output: of a detector in training mode.
             targets: T slots per image; images and whole batches without targets run the same graph.
-            num_targets: 0-dim, mean number of targets per rank (default: of this batch). At least
-                1 is used.
-            priority: by branch, [N, B, Q] or [B, Q], which positives are kept (default: random).
+            num_targets: 0-dim, mean number of targets per rank (default: of this batch). Losses
+                are divided by it, times the repetitions of a target, and at least by 1.
+            priority: by branch, [N, B, Q] or [B, Q] with the queries of all groups, which
+                positives are kept (default: random).
             generator: source of random priorities.
 
         Raises:

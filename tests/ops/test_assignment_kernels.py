@@ -268,6 +268,36 @@ class TestCopies:
         cost[0, 0, [5, 2, 6], 1] = torch.tensor([0.1, 0.2, 0.3])
         check_copies(cost, torch.tensor([3]), 3, kernel_device, unique=True)
 
+    @pytest.mark.parametrize(
+        ("costs", "copies"),
+        [
+            # A target's potential is the cost of the last column that it keeps, not of the first.
+            (
+                [
+                    [119, 33, 101, 111, 123, 119, 85, 141, 127, 131],
+                    [40, 107, 61, 60, 69, 86, 109, 135, 99, 36],
+                    [50, 36, 130, 112, 127, 71, 73, 115, 117, 34],
+                ],
+                3,
+            ),
+            # The third target loses its cheapest query, so it must not keep the next one.
+            (
+                [
+                    [20, 20, 90, 83, 158, 275, 140, 201],
+                    [43, 43, 55, 316, 368, 381, 358, 381],
+                    [15, 60, 30, 205, 340, 283, 221, 347],
+                ],
+                2,
+            ),
+            # Equal costs stand in a target's list beside each other.
+            ([[0, 0, 1, 0, 3, 3, 0, 3], [2, 1, 2, 0, 2, 2, 2, 3], [0, 3, 3, 1, 3, 1, 1, 2]], 2),
+        ],
+        ids=["last column kept", "cheapest column lost", "equal costs"],
+    )
+    def test_potentials_at_the_start(self, kernel_device, costs, copies):
+        cost = torch.tensor(costs, dtype=torch.float32).T[None, None]
+        check_copies(cost, torch.tensor([3]), copies, kernel_device, unique=False)
+
     def test_strided_costs(self, kernel_device):
         cost = torch.rand(5, 3, 2, 17).permute(2, 1, 3, 0)
         check_copies(cost, torch.tensor([5, 3, 0]), 3, kernel_device, unique=True)
