@@ -22,6 +22,7 @@ COUNTS = [(3, 0, 5), (4,), (0, 0)]
 KEEP_ALL = AssignmentConfig(positive_fraction=1.0)
 DRAWING = AssignmentConfig(positive_fraction=0.25, one_to_many_threshold=0.0)
 MERGING = replace(DRAWING, indices_merge=True)
+WITHOUT_ONE_TO_MANY = {"one_to_many": "none", "one_to_many_ffn": False}
 AVERAGE, SUM = (LossConfig(sum_group_losses=value) for value in (False, True))
 
 
@@ -226,7 +227,6 @@ class TestDetector:
         look_forward_twice=True,
     )
     ASSIGNMENT = replace(KEEP_ALL, hybrid_k=2, one_to_many_threshold=0.1)
-    WITHOUT_ONE_TO_MANY = {"one_to_many": "none", "one_to_many_ffn": False}  # noqa: RUF012
 
     def detector(self, config: ModelConfig, state: dict[str, Tensor] | None = None) -> Detector:
         """A detector with random weights, or with those that `state` has for it."""
@@ -278,7 +278,7 @@ class TestDetector:
         combined = self.detector(config)
         state = combined.state_dict()
         ms_detr = self.detector(replace(config, extra_queries="none"), state)
-        hybrid = self.detector(replace(config, **self.WITHOUT_ONE_TO_MANY), state)
+        hybrid = self.detector(replace(config, **WITHOUT_ONE_TO_MANY), state)
         total, whole = self.gradients(combined, LossConfig())
         parts = [
             self.gradients(ms_detr, LossConfig()),
@@ -298,7 +298,7 @@ class TestDetector:
         )
         combined = self.detector(config)
         state = combined.state_dict()
-        group = self.detector(replace(config, **self.WITHOUT_ONE_TO_MANY), state)
+        group = self.detector(replace(config, **WITHOUT_ONE_TO_MANY), state)
         total, whole = self.gradients(combined, LossConfig())
         parts = [
             self.gradients(group, LossConfig()),
@@ -315,7 +315,7 @@ class TestDetector:
             mixed_selection=False,
             num_hybrid_queries=4,
             num_groups=2,
-            **self.WITHOUT_ONE_TO_MANY,
+            **WITHOUT_ONE_TO_MANY,
         )
         hybrid = self.detector(replace(config, extra_queries="hybrid"))
         group = self.detector(replace(config, extra_queries="group"), hybrid.state_dict())
