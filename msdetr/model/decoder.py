@@ -14,7 +14,7 @@ from msdetr.model.geometry import level_valid_ratios, refine_boxes
 from msdetr.model.heads import DetectionHeads, LayerHeads
 from msdetr.model.layers import Dropout, FeedForward
 from msdetr.model.query_selection import Queries
-from msdetr.model.query_sets import PRIMARY, QuerySets
+from msdetr.model.query_sets import QuerySets
 from msdetr.structures import Branch, FeaturePyramid, Predictions
 
 
@@ -200,7 +200,7 @@ class Decoder(nn.Module):
         if self.training and self.one_to_many_at_output:
             # The same hidden state and box head give the same boxes.
             predictions["one_to_many"] = Predictions(
-                heads.classes["one_to_many"](sets.split(x)[0]), predictions[PRIMARY].boxes
+                heads.classes["one_to_many"](sets.split(x)[0]), predictions["one_to_one"].boxes
             )
         if not self.box_refine:
             return predictions, reference

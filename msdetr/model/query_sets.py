@@ -17,9 +17,6 @@ from torch import Tensor
 
 from msdetr.config import ModelConfig
 
-PRIMARY = "one_to_one"
-"""Branch of the primary set's predictions."""
-
 
 class QuerySet(NamedTuple):
     """Queries that are adjacent in the decoder's input."""
@@ -71,7 +68,7 @@ def query_sets(config: ModelConfig, *, training: bool) -> QuerySets:
     num_groups = 1
     if training and config.extra_queries == "group":
         num_groups = config.num_groups
-    sets = [QuerySet(PRIMARY, config.num_queries, num_groups)]
+    sets = [QuerySet("one_to_one", config.num_queries, num_groups)]
     if training and config.extra_queries == "hybrid":
         sets.append(QuerySet("hybrid", config.num_hybrid_queries))
     return QuerySets(tuple(sets))
