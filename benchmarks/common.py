@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -63,8 +64,12 @@ def peak_memory_mb(device: torch.device) -> float:
     """Maximum memory so far in MiB: allocated on a GPU, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # Linux counts in KiB.
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    # On Linux, `getrusage` is never below the memory of the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    (peak,) = re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(peak) / 2**10
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from msdetr.boxes import box_iou, cxcywh_to_xyxy
 from msdetr.evaluation import postprocess as module
 from msdetr.evaluation.postprocess import postprocess
+from msdetr.published import config_from_published_args
 from msdetr.structures import Predictions
 
 GOLDEN_DIR = Path(__file__).resolve().parents[1] / "golden"
@@ -85,14 +86,17 @@ def assert_image_equals(detections, image: int, expected: list[tuple[float, int,
 @pytest.mark.parametrize("file", golden_cases(), ids=lambda file: file.stem)
 def test_published_code_gives_the_same_detections(file: Path) -> None:
     arrays, case = np.load(file), json.loads(file.with_suffix(".json").read_text())
+    config = config_from_published_args(
+        case["flags"], implementation=case["implementation"], overrides=case["overrides"]
+    )
     detections = postprocess(
         Predictions(
             torch.from_numpy(arrays["pred_logits"])[None],
             torch.from_numpy(arrays["pred_boxes"])[None],
         ),
         torch.tensor(case["sizes"]),
-        max_detections=case["overrides"].get("topk_eval", 100),
-        nms_iou_threshold=case["overrides"].get("nms_iou_threshold"),
+        max_detections=config.eval.max_detections,
+        nms_iou_threshold=config.eval.nms_iou_threshold,
     )
     for image in range(len(case["sizes"])):
         for name, column in detections._asdict().items():
