@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import msdetr
+
 # Names of instructions.
 LOADS = ("LDG", "LDGSTS")
 """Reads of global memory."""
@@ -74,8 +76,11 @@ def parse_sass(text: str, function_of: Callable[[str, int], str | None]) -> tupl
 
 @functools.cache
 def _functions_of(path: str) -> tuple[tuple[int, str], ...]:
+    # Triton's cache finds code by its source, so that it may name the files of another checkout.
+    _, kernels, name = path.rpartition("/msdetr/kernels/")
+    source = Path(msdetr.__file__).parent / "kernels" / name if kernels else Path(path)
     try:
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+        tree = ast.parse(source.read_text(encoding="utf-8"))
     except OSError:
         return ()
     functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import msdetr
 from benchmarks.codegen.compiler import Code
 from benchmarks.codegen.fields import measured_fields, warps_per_sm
 from benchmarks.codegen.point_loops import find_loops, inner_loop
@@ -103,6 +104,15 @@ def test_lines_behind_a_function_are_its_own(tmp_path: Path) -> None:
     functions = [function_at(str(path), line) for line in range(1, 13)]
     assert functions == [None] * 4 + ["a"] * 5 + ["b"] * 3
     assert function_at(str(tmp_path / "gone.py"), 1) is None
+
+
+def test_kernels_of_another_checkout_are_those_of_this_one() -> None:
+    """Triton's cache may hold code that names the files of a checkout that is gone."""
+    kernels = Path(msdetr.__file__).parent / "kernels"
+    lines = (kernels / "scene.py").read_text().splitlines()
+    line = next(i for i, text in enumerate(lines, 1) if text.startswith("def load_queries"))
+    for path in (kernels / "scene.py", Path("/gone/msdetr/kernels/scene.py")):
+        assert function_at(str(path), line + 3) == "load_queries"
 
 
 def test_inner_loop_is_the_smallest_with_most_accesses() -> None:
