@@ -157,7 +157,7 @@ class ProposalQueries(QuerySelection):
         best = logits[..., 0].topk(num_selected, dim=1).indices
         if not self.training:
             # Only the chosen boxes are needed.
-            return self._boxes(candidates, best, box_head(_gather(tokens, best))), {}
+            return _boxes(candidates, best, box_head(_gather(tokens, best))), {}
         boxes = (at_least_float32(box_head(tokens)) + candidates.anchor_logits).sigmoid()
         branch = Branch(Predictions(logits[None], boxes[None]), candidates.anchor_logits.sigmoid())
         return _gather(boxes.detach(), best), {"encoder": branch}
@@ -176,7 +176,7 @@ class ProposalQueries(QuerySelection):
                 score = class_head(self._project(candidates.tokens, group)).amax(-1)
                 best = score.topk(num_selected, dim=1).indices
             tokens = self._project(_gather(candidates.tokens, best), group)
-            boxes.append(self._boxes(candidates, best, box_head(tokens)))
+            boxes.append(_boxes(candidates, best, box_head(tokens)))
             if self.training:
                 logits.append(class_head(tokens))
         reference = torch.cat(boxes, dim=1).detach()
@@ -200,9 +200,10 @@ class ProposalQueries(QuerySelection):
         output: Tensor = norm(linear(tokens))
         return output
 
-    def _boxes(self, candidates: Candidates, index: Tensor, delta: Tensor) -> Tensor:
-        """Boxes [B, Q, 4] of tokens `index` [B, Q], from their predicted steps [B, Q, 4]."""
-        return (at_least_float32(delta) + _gather(candidates.anchor_logits, index)).sigmoid()
+
+def _boxes(candidates: Candidates, index: Tensor, delta: Tensor) -> Tensor:
+    """Boxes [B, Q, 4] of tokens `index` [B, Q], from their predicted steps [B, Q, 4]."""
+    return (at_least_float32(delta) + _gather(candidates.anchor_logits, index)).sigmoid()
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from msdetr.config import ModelConfig
+from msdetr.structures import split_groups
 
 
 class QuerySet(NamedTuple):
@@ -58,7 +59,7 @@ class QuerySets(NamedTuple):
     def split_groups(self, x: Tensor) -> list[Tensor]:
         """[B, Q, ...] of all sets to [B * groups, group size, ...] of each, image-major."""
         return [
-            part.reshape(-1, query_set.group_size, *x.shape[2:])
+            split_groups(part, query_set.num_groups, dim=1)
             for query_set, part in zip(self.sets, self.split(x), strict=True)
         ]
 
