@@ -55,8 +55,31 @@ class ModelConfig:
     """Queries of the set that `extra_queries='hybrid'` adds."""
     num_groups: int = 11
     """Groups of object queries in training with `extra_queries='group'`."""
+    denoising: Literal["none", "dn", "contrastive"] = "none"
+    """Queries made of noised targets, in training only. `dn` recovers the targets (DN-DETR),
+    `contrastive` also rejects copies with more noise (DINO)."""
+    denoising_queries: int = 100
+    """Noised copies of the targets of an image, over all groups: as many groups as these allow, at
+    least one. `contrastive` makes as many again to reject."""
+    denoising_groups: int | None = None
+    """Groups of noised copies, with one copy of each target per group. None leaves their number to
+    `denoising_queries`."""
+    denoising_label_noise: float = 0.25
+    """Probability that the label of a copy is replaced by a random class."""
+    denoising_box_noise: float = 0.4
+    """Largest shift of the sides of a copy, in halves of its width and height."""
+    denoising_label_rows: int | None = None
+    """Rows of the label embedding; None is `num_classes` + 1, as published."""
+    query_position: Literal["initial", "box", "box_content"] = "initial"
+    """Position codes of queries. `initial`: one code for all layers. `box`: each layer codes the
+    boxes from which it starts (DAB-DETR, DINO); one-stage queries are then learned boxes.
+    `box_content`: from the second layer on, scaled by the content (DAB-Deformable-DETR)."""
     position_embedding: Literal["sine", "learned"] = "sine"
     """Position code of the feature maps."""
+    position_temperature: float = 10000.0
+    """Sine code: ratio of the longest to the shortest wavelength (DINO: 20)."""
+    position_offset: float = 0.5
+    """Sine code: position of the first cell, in cells; 0.5 is its centre (DINO: 1)."""
     decoder_order: Literal["cross_self", "self_cross"] = "cross_self"
     """`cross_self` attends to the image first (MS-DETR), `self_cross` to the queries first."""
     one_to_many: Literal["none", "internal", "output"] = "internal"
@@ -74,8 +97,23 @@ class ModelConfig:
     (DINO, Group DETR)."""
     mixed_selection: bool = False
     """Two-stage: learned query content, only the positions come from the proposals."""
+    proposal_nms_iou_threshold: float | None = None
+    """Two-stage: of the proposals of each level, drop those that overlap a better one by more than
+    this, and take equally many of each level (DETA). None ranks all proposals together."""
+    proposal_content: bool = False
+    """Two-stage: add a projection of a proposal's token to the content of its query (DETA)."""
     look_forward_twice: bool = False
     """Let a layer's box loss also train the refinement of the layer before."""
+    head_sharing: Literal["none", "decoder", "all"] | None = None
+    """Class and box heads: `none` has a pair per decoder layer and one for the encoder, `decoder`
+    one for all decoder layers and one for the encoder (DINO), `all` a single pair. None is `none`
+    with box refinement, and `all` without."""
+    decoder_norm: bool = False
+    """Predict from the output of a decoder layer after one more LayerNorm, which all layers share;
+    the next layer starts from boxes refined without it (DINO, LW-DETR)."""
+    logit_eps: float = 1e-5
+    """Smallest distance of a coordinate from 0 and 1 where its logit is taken (DN-DETR, DINO:
+    1e-3)."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -93,7 +131,18 @@ class ModelConfig:
             "num_queries",
             "num_hybrid_queries",
             "num_groups",
+            "denoising_queries",
+            "denoising_groups",
         )
+        require_at_least(0, self, "denoising_box_noise", "position_offset")
+        require_fraction(self, "denoising_label_noise")
+        require_fraction(self, "proposal_nms_iou_threshold")
+        if self.position_temperature <= 0:
+            raise ValueError(
+                f"position_temperature must be positive, got {self.position_temperature}"
+            )
+        if not 0.0 < self.logit_eps < 0.5:
+            raise ValueError(f"logit_eps must be in (0, 0.5), got {self.logit_eps}")
         if not 1 <= self.num_levels <= 5:
             raise ValueError(f"num_levels must be 1 to 5, got {self.num_levels}")
         if self.hidden_dim % self.num_heads:
@@ -111,6 +160,30 @@ class ModelConfig:
             raise ValueError("mixed_selection selects encoder proposals: it needs two_stage")
         if self.proposal_score == "best_class" and not self.two_stage:
             raise ValueError("proposal_score ranks encoder proposals: it needs two_stage")
+        if self.proposal_content and not self.two_stage:
+            raise ValueError("proposal_content reads encoder proposals: it needs two_stage")
+        if self.proposal_nms_iou_threshold is not None and (
+            not self.two_stage or self.proposal_score != "first_class"
+        ):
+            raise ValueError(
+                "proposal_nms_iou_threshold thins out encoder proposals: it needs two_stage and "
+                "proposal_score='first_class'"
+            )
+        if self.proposal_nms_iou_threshold is not None and self.extra_queries != "none":
+            raise ValueError(
+                f"proposal_nms_iou_threshold with extra_queries={self.extra_queries!r}: DETA's "
+                "selection is for one set of queries"
+            )
+        if self.query_position != "initial" and self.two_stage and not self.mixed_selection:
+            raise ValueError(
+                f"query_position={self.query_position!r} with two_stage needs mixed_selection: "
+                "there is no content besides the learned one"
+            )
+        if self.query_position == "initial" and not self.two_stage and self.denoising != "none":
+            raise ValueError(
+                f"denoising={self.denoising!r} makes queries of boxes: it needs two_stage, or "
+                "query_position 'box' or 'box_content'"
+            )
         if self.extra_queries == "group" and self.two_stage and self.proposal_score != "best_class":
             raise ValueError(
                 "extra_queries='group' with two_stage needs proposal_score='best_class': each "
@@ -136,8 +209,14 @@ class AssignmentConfig:
     """One-to-one: weight of the L1 box cost."""
     cost_giou: float = 2.0
     """One-to-one: weight of the GIoU cost."""
-    encoder_match: Literal["anchors", "predictions"] = "anchors"
-    """Match encoder proposals by their anchors (MS-DETR) or predicted boxes (Deformable-DETR)."""
+    giou_eps: float = 0.0
+    """One-to-one: added to the denominators of the GIoU cost (DN-DETR, DINO: 1e-6)."""
+    decoder_match: Literal["hungarian", "iou"] = "hungarian"
+    """Object queries: one per target at least total cost, or several by the IoU of their initial
+    boxes, the same in all layers (DETA, stage 2)."""
+    encoder_match: Literal["anchors", "predictions", "iou"] = "anchors"
+    """Match encoder proposals by their anchors (MS-DETR), by predicted boxes (Deformable-DETR), or
+    several per target by the IoU of their anchors (DETA, stage 1)."""
     encoder_cost_class: float = 0.0
     """Class cost of the encoder's match; box and GIoU costs are those above."""
     hybrid_k: int = 6
@@ -153,13 +232,24 @@ class AssignmentConfig:
     positive_fraction: float = 0.25
     """One-to-many: at most `int(positive_fraction * num_queries)` positives are kept, drawn at
     random; 1.0 keeps all and makes the assignment deterministic."""
+    iou_k: int = 4
+    """Matching by IoU: at most this many queries per target."""
+    iou_threshold: float = 0.6
+    """Matching by IoU: a query is positive where its best IoU reaches this. As in one-to-many
+    matching, `positive_fraction` of the queries are kept at most."""
+    encoder_iou_threshold: float = 0.7
+    """Matching of encoder proposals by IoU: a proposal is positive from this IoU on."""
+    encoder_max_positives: int = 128
+    """Matching of encoder proposals by IoU: at most this many positives are kept per image."""
     indices_merge: bool = False
     """Add the one-to-one pairs to the one-to-many branch and give each query one target."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        require_at_least(1, self, "hybrid_k", "one_to_many_k")
+        require_at_least(1, self, "hybrid_k", "one_to_many_k", "iou_k", "encoder_max_positives")
         require_fraction(self, "positive_fraction")
+        require_fraction(self, "iou_threshold")
+        require_fraction(self, "encoder_iou_threshold")
         require_at_least(
             0,
             self,
@@ -167,11 +257,16 @@ class AssignmentConfig:
             "cost_bbox",
             "cost_giou",
             "encoder_cost_class",
+            "giou_eps",
             "one_to_many_iou_weight",
             "one_to_many_class_score_weight",
         )
         if self.cost_bbox == 0 and self.cost_giou == 0:
             raise ValueError("cost_bbox and cost_giou are both 0: boxes would not matter")
+        if self.indices_merge and self.decoder_match == "iou":
+            raise ValueError(
+                "indices_merge adds one-to-one pairs: it needs decoder_match hungarian"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +291,14 @@ class LossConfig:
     """L1 box loss of hybrid queries."""
     hybrid_giou_weight: float = 2.0
     """GIoU loss of hybrid queries."""
+    denoising_class_weight: float = 1.0
+    """Focal loss of denoising queries."""
+    denoising_bbox_weight: float = 5.0
+    """L1 box loss of denoising queries."""
+    denoising_giou_weight: float = 2.0
+    """GIoU loss of denoising queries."""
+    giou_eps: float = 0.0
+    """Added to the denominators of the GIoU (DN-DETR, DINO: 1e-6)."""
     sum_group_losses: bool = False
     """Groups of queries: add their losses up instead of averaging them."""
     encoder_class_weight: float = 2.0
@@ -214,7 +317,7 @@ class LossConfig:
     def __post_init__(self) -> None:
         check_types(self)
         weights = [field.name for field in dataclasses.fields(self) if "weight" in field.name]
-        require_at_least(0, self, *weights, "focal_gamma")
+        require_at_least(0, self, *weights, "focal_gamma", "giou_eps")
         require_fraction(self, "focal_alpha")
 
 
