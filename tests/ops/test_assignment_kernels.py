@@ -71,7 +71,14 @@ class TestMatchingCost:
 
     @pytest.mark.parametrize(
         "change",
-        [{}, {"cost_class": 0.0}, {"cost_bbox": 0.0}, {"cost_giou": 0.0}, {"cost_class": 7.0}],
+        [
+            {},
+            {"cost_class": 0.0},
+            {"cost_bbox": 0.0},
+            {"cost_giou": 0.0},
+            {"cost_class": 7.0},
+            {"giou_eps": 0.1},
+        ],
     )
     def test_equals_the_reference(self, kernel_device, change):
         self.check(random_scene((3, 0, 4), queries=7), kernel_device, **COSTS | change)
@@ -104,6 +111,7 @@ class TestMatchingCost:
         scene.boxes[:, :, ::2, 2:] = 0.0
         scene.targets.boxes[:, 0, 2:] = 0.0
         self.check(scene, kernel_device, **COSTS)
+        self.check(scene, kernel_device, **COSTS, giou_eps=1e-6)
 
     def test_without_class_cost_the_logits_are_not_read(self, kernel_device):
         scene = random_scene((3, 2))
