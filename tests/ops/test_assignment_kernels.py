@@ -727,7 +727,7 @@ def test_opcheck(kernel_device, op):
     device = torch.device("cpu") if op.endswith("_chunked") else kernel_device
     logits, boxes, targets = moved(random_scene((3, 2), queries=6), device)
     if op == "matching_cost":
-        arguments = (logits, boxes, *targets, 2.0, 5.0, 2.0)
+        arguments = (logits, boxes, *targets, 2.0, 5.0, 2.0, 1e-6)
     elif op.startswith("linear_assignment"):
         cost = torch.rand(2, 2, 6, 5, device=device)
         arguments = (cost, targets.count, targets.labels, 3)
