@@ -12,6 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+BACKGROUND = -1
+"""`Assignment.target_class` of a query that learns to be background."""
+IGNORED = -2
+"""`Assignment.target_class` of a query without any loss, for instance in an empty target slot."""
+
 SpatialShapes = tuple[tuple[int, int], ...]
 """(height, width) of each feature level, as Python integers: fixed per image bucket."""
 
@@ -153,7 +158,7 @@ class Assignment(NamedTuple):
     mask: Tensor
     """[N, B, T, k] bool"""
     target_class: Tensor
-    """[N, B, Q] int64, the class that each query learns; -1 is background."""
+    """[N, B, Q] int64, the class that each query learns, or `BACKGROUND`, or `IGNORED`."""
 
 
 class Detections(NamedTuple):
