@@ -21,6 +21,12 @@ def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     return torch.cat((center - 0.5 * size, center + 0.5 * size), dim=-1)
 
 
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """Corners (x0, y0, x1, y1) [..., 4] to (centre x, centre y, width, height)."""
+    top_left, bottom_right = boxes[..., :2], boxes[..., 2:]
+    return torch.cat(((top_left + bottom_right) / 2, bottom_right - top_left), dim=-1)
+
+
 def box_area(boxes: Tensor) -> Tensor:
     """Area [...] of corner boxes [..., 4]."""
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])

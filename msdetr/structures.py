@@ -128,6 +128,10 @@ class DetectorOutput(NamedTuple):
     - `one_to_one`: the decoder layers, always there. Group DETR trains several groups.
     - `one_to_many`: the same queries under one-to-many supervision, in training where configured.
     - `hybrid`: the decoder layers for the extra queries of H-DETR, in training.
+    - `denoising`: the decoder layers for noised targets (DN-DETR), in training. A group has a query
+      per target slot.
+    - `contrastive`: the same with negatives (DINO). A group has a query per target slot, and
+      negatives of all of them after those.
     - `encoder`: two-stage proposals with their anchors, in training; N = 1, Q = S.
     - `encoder_selected`: the selected proposals instead, where they are selected by best class.
     """

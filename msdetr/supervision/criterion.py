@@ -60,7 +60,7 @@ class Criterion(nn.Module):
 
     All losses are divided by the number of targets, not of positives: a one-to-many loss sums up
     to k pairs per target, as in the published recipe. A target counts once for each group of
-    queries, unless `LossConfig.sum_group_losses` is set.
+    queries, except as `LossConfig.sum_group_losses` says.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class Criterion(nn.Module):
         targets: Targets,
         *,
         num_targets: Tensor | None = None,
+        num_local_targets: Tensor | None = None,
         priority: Mapping[str, Tensor] | None = None,
         generator: torch.Generator | None = None,
     ) -> LossOutput:
@@ -102,6 +103,8 @@ class Criterion(nn.Module):
             targets: T slots per image; images and whole batches without targets run the same graph.
             num_targets: 0-dim, mean number of targets per rank (default: of this batch). Losses
                 are divided by it, times the repetitions of a target, and at least by 1.
+            num_local_targets: 0-dim, the number of this rank (default: of this batch), for the
+                objectives that say so.
             priority: by branch, [N, B, Q] or [B, Q] with the queries of all groups, which
                 positives are kept (default: random).
             generator: source of random priorities.
@@ -109,10 +112,10 @@ class Criterion(nn.Module):
         Raises:
             ValueError: the output has a branch that no objective supervises.
         """
-        if num_targets is None:
-            num_targets = targets.count.sum()
-        num_targets = num_targets.to(
-            torch.promote_types(output.one_to_one.boxes.dtype, torch.float)
+        dtype = torch.promote_types(output.one_to_one.boxes.dtype, torch.float)
+        mean_count, local_count = (
+            (targets.count.sum() if count is None else count).to(dtype)
+            for count in (num_targets, num_local_targets)
         )
         if priority is None:
             priority = self.draw_priority(output, generator)
@@ -124,9 +127,9 @@ class Criterion(nn.Module):
             inputs = loss_inputs(
                 branch.predictions, branch_targets, assignment, self.loss, impl=self.impl
             )
-            groups_counted = 1 if self.loss.sum_group_losses else num_groups
-            normalizer = num_targets * (objective.targets_repeated * groups_counted)
-            normalizer = normalizer.clamp(min=1.0)
+            count = local_count if objective.per_process else mean_count
+            repeated = objective.targets_repeated * (1 if objective.sum_groups else num_groups)
+            normalizer = (count * repeated).clamp(min=1.0)
             for term, weight in objective.weights.items():
                 values = LOSS_TERMS[term](inputs) / normalizer
                 weighted.append(weight * values.sum())
