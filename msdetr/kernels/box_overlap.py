@@ -47,7 +47,7 @@ def intersection_and_union(a, b):
 
 @triton.jit
 def quotient(numerator, area, EPS: tl.constexpr = 0.0):
-    """numerator / (area + EPS), rounded to nearest; sums below the smallest area are replaced by 1."""
+    """numerator / (area + EPS), rounded to nearest; a sum below the smallest area counts as 1."""
     if EPS != 0.0:
         area += EPS
     return tl.div_rn(numerator, tl.where(area > _SMALLEST_AREA, area, 1.0))
