@@ -7,7 +7,6 @@ import logging
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
@@ -22,7 +21,14 @@ from msdetr.published import (
 )
 from parity.golden import golden_models
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
+# The command lines of Deformable-DETR and of the code made from it.
+DEFORMABLE: tuple[Implementation, ...] = (
+    "ms-detr",
+    "ms-detr-impl-a",
+    "deformable-detr",
+    "h-deformable-detr",
+    "deta",
+)
 MODEL_FLAGS = (
     "with_box_refine",
     "two_stage",
@@ -34,22 +40,92 @@ MODEL_FLAGS = (
 )
 
 
+UNREAD = "the published code never reads it"
+MASKS = "belongs to masks, which are refused"
+INVOCATION = "state of one invocation, not of the recipe"
+LOGGING = "what is logged or stored does not change what is learned"
+SWIN = "belongs to the Swin backbones, which are refused"
+ONE_STAGE = "belongs to two_stage_type no, which is refused"
+OTHER_MODEL = "belongs to another model, which is refused"
+
 IGNORED_FLAGS = {
-    "lr_drop_epochs": "the published code never reads it",
-    "position_embedding_scale": "the published code never reads it",
-    "remove_difficult": "the published code never reads it",
-    "mask_loss_coef": "belongs to --masks, which is refused",
-    "dice_loss_coef": "belongs to --masks, which is refused",
-    "coco_panoptic_path": "belongs to --dataset_file coco_panoptic, which is refused",
+    "lr_drop_epochs": UNREAD,
+    "position_embedding_scale": UNREAD,
+    "remove_difficult": UNREAD,
+    "mask_loss_coef": MASKS,
+    "dice_loss_coef": MASKS,
+    "coco_panoptic_path": "belongs to dataset_file coco_panoptic, which is refused",
     "cache_mode": "where images are read from does not change what is learned",
-    "start_epoch": "state of one invocation, not of the recipe",
-    "eval": "state of one invocation, not of the recipe",
-    "eval_in_training_set": "state of one invocation, not of the recipe",
-    "use_wandb": "where metrics are logged does not change what is learned",
-    "pretrained_backbone_path": "belongs to the Swin backbones, which are refused",
-    "drop_path_rate": "belongs to the Swin backbones, which are refused",
+    "start_epoch": INVOCATION,
+    "eval": INVOCATION,
+    "eval_in_training_set": INVOCATION,
+    "use_wandb": LOGGING,
+    "pretrained_backbone_path": SWIN,
+    "drop_path_rate": SWIN,
+    # DN-DETR and DINO
+    "note": LOGGING,
+    "save_checkpoint_interval": LOGGING,
+    "save_results": LOGGING,
+    "save_log": LOGGING,
+    "debug": INVOCATION,
+    "find_unused_params": "a check of the gradients' exchange",
+    "finetune_ignore": "everything but class heads must fit here; a warning says so",
+    "backbone_freeze_keywords": SWIN,
+    "batch_norm_type": UNREAD,
 }
 """Published flags without a counterpart, and why that loses nothing."""
+
+IGNORED_FLAGS_OF: dict[Implementation, dict[str, str]] = {
+    "dn-dab-deformable-detr": {
+        "override_resumed_lr_drop": INVOCATION,
+        "drop_lr_now": INVOCATION,
+        "use_mqs": OTHER_MODEL,
+        "use_lft": OTHER_MODEL,
+        "pe_temperatureH": OTHER_MODEL,
+        "pe_temperatureW": OTHER_MODEL,
+        "pre_norm": OTHER_MODEL,
+        "transformer_activation": OTHER_MODEL,
+        "num_select": OTHER_MODEL,
+        "num_results": UNREAD,
+        "return_interm_layers": UNREAD,
+        "eos_coef": UNREAD,
+        "random_refpoints_xy": "concerns the initial anchors only; a warning says so",
+    },
+    "dino": {
+        "config_file": "names the file whose keys are the other arguments",
+        "dataset_file": "the number of classes is num_classes",
+        "test": INVOCATION,
+        "use_checkpoint": SWIN,
+        "backbone_dir": SWIN,
+        "num_patterns": ONE_STAGE,
+        "random_refpoints_xy": ONE_STAGE,
+        "fix_refpoints_hw": ONE_STAGE,
+        "box_attn_type": "belongs to use_deformable_box_attn, which is refused",
+        "dln_xy_noise": "belongs to decoder_layer_noise, which is refused",
+        "dln_hw_noise": "belongs to decoder_layer_noise, which is refused",
+        "lr_drop_list": "belongs to multi_step_lr, which is refused",
+    }
+    | dict.fromkeys(
+        (
+            "add_pos_value",
+            "dabdetr_deformable_decoder",
+            "dabdetr_deformable_encoder",
+            "dabdetr_yolo_like_anchor_update",
+            "ddetr_lr_param",
+            "dn_bbox_coef",
+            "dn_label_coef",
+            "dn_scalar",
+            "enc_loss_coef",
+            "match_unstable_error",
+            "pdetr3_bbox_embed_diff_each_layer",
+            "pdetr3_refHW",
+            "two_stage_default_hw",
+            "unic_layers",
+        ),
+        UNREAD,
+    ),
+}
+"""The same, for flags that mean something in other command lines."""
 
 GOLDEN_MODELS = golden_models()
 
@@ -116,11 +192,19 @@ def test_golden_case_builds_its_configuration(name):
     )
     assert (config.model.one_to_many != "none") == ("loss_ce_o2m" in weights)
     assert (config.model.extra_queries == "hybrid") == ("loss_ce_one2many" in weights)
-    assert config.model.two_stage == ("loss_ce_enc" in weights)
+    of_encoder = "interm" if case["implementation"] == "dino" else "enc"
+    assert config.model.two_stage == (f"loss_ce_{of_encoder}" in weights)
     if config.model.two_stage:
-        assert loss.encoder_class_weight == weights["loss_ce_enc"]
-        assert loss.encoder_bbox_weight == weights["loss_bbox_enc"]
-        assert loss.encoder_giou_weight == weights["loss_giou_enc"]
+        assert loss.encoder_class_weight == weights[f"loss_ce_{of_encoder}"]
+        assert loss.encoder_bbox_weight == weights[f"loss_bbox_{of_encoder}"]
+        assert loss.encoder_giou_weight == weights[f"loss_giou_{of_encoder}"]
+    denoising = {"none": None, "dn": "tgt_loss_{}", "contrastive": "loss_{}_dn"}
+    name = denoising[config.model.denoising]
+    assert (name is not None) == ("tgt_loss_ce" in weights or "loss_ce_dn" in weights)
+    if name is not None:
+        assert loss.denoising_class_weight == weights[name.format("ce")]
+        assert loss.denoising_bbox_weight == weights[name.format("bbox")]
+        assert loss.denoising_giou_weight == weights[name.format("giou")]
     if config.model.one_to_many != "none":
         assert loss.one_to_many_class_weight == weights["loss_ce_o2m"]
         assert loss.one_to_many_bbox_weight == weights["loss_bbox_o2m"]
@@ -132,13 +216,14 @@ def test_golden_case_builds_its_configuration(name):
         assert loss.hybrid_giou_weight == factor * weights["loss_giou_one2many"]
     for override, field in (
         ("topk_eval", config.eval.max_detections),
+        ("num_select", config.eval.max_detections),
         ("nms_iou_threshold", config.eval.nms_iou_threshold),
     ):
         if override in case["overrides"]:
             assert field == case["overrides"][override]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", DEFORMABLE)
 def test_every_combination_of_model_flags_builds(implementation):
     names = [name for name in MODEL_FLAGS if name in PUBLISHED_FLAGS[implementation]]
     for chosen in itertools.product((False, True), repeat=len(names)):
@@ -171,15 +256,48 @@ OTHER_VALUES = {
     "lr_backbone": 0.0,
     "nms_iou_threshold": 0.7,
     "lr_drop_epochs": [3],
+    "dn_number": 12,
+    "param_dict_type": "ddetr_in_mmdet",
+    "data_aug_scales": [480, 640],
+    "data_aug_scales2_resize": [300],
+    "data_aug_scales2_crop": [200, 300],
+    "data_aug_scale_overlap": 1.5,
+    "dec_layer_number": [900] * 6,
+    "dn_scalar": 100,
+    "dn_label_coef": 1.0,
+    "dn_bbox_coef": 1.0,
 }
-REFUSED = {"masks", "frozen_weights", "lr_backbone_names", "lr_linear_proj_names"}
+REFUSED = {"masks", "frozen_weights", "lr_backbone_names", "lr_linear_proj_names", "fix_size"}
+REFUSED_OF: dict[Implementation, set[str]] = {
+    "dn-dab-deformable-detr": {"modelname", "contrastive", "two_stage", "num_patterns"},
+    "dino": {
+        *("modelname", "return_interm_indices", "pre_norm", "transformer_activation"),
+        *("use_deformable_box_attn", "add_channel_attention", "decoder_sa_type"),
+        *("decoder_module_seq", "query_dim", "dec_layer_number", "decoder_layer_noise"),
+        *("two_stage_type", "two_stage_pat_embed", "two_stage_add_query_num"),
+        *("two_stage_learn_wh", "two_stage_keep_all_tokens", "embed_init_tgt"),
+        *("dec_pred_bbox_embed_share", "dec_pred_class_embed_share"),
+        *("two_stage_bbox_embed_share", "two_stage_class_embed_share"),
+        *("matcher_type", "focal_alpha", "nms_iou_threshold", "onecyclelr", "multi_step_lr"),
+        *("pe_temperatureH", "pe_temperatureW", "ema_epoch", "strong_aug"),
+    },
+}
 NEEDS = {
     "use_aux_ffn": {"use_ms_detr": True},
     "mixed_selection": {"two_stage": True},
     "look_forward_twice": {"with_box_refine": True},
     "k_one2many": {"num_queries_one2many": 3},
     "lambda_one2many": {"num_queries_one2many": 3},
+    "assign_first_stage": {"two_stage": True},
+    "assign_second_stage": {"two_stage": True},
+    "lr_backbone_names": {"param_dict_type": "ddetr_in_mmdet"},
+    "lr_linear_proj_names": {"param_dict_type": "ddetr_in_mmdet"},
+    "lr_linear_proj_mult": {"param_dict_type": "ddetr_in_mmdet"},
+    "ema_decay": {"use_ema": True},
+    "ema_epoch": {"use_ema": True},
 }
+ALWAYS: dict[Implementation, dict[str, object]] = {"dn-dab-deformable-detr": {"use_dn": True}}
+"""Values without which nothing is converted: tested below."""
 
 
 def other_value(name, flag):
@@ -189,27 +307,35 @@ def other_value(name, flag):
         return not flag.default
     if flag.type is str:
         return ["elsewhere"] if flag.many else "elsewhere"
-    return flag.default + 1 if flag.type is int else flag.default / 2
+    if flag.many:
+        return [value + 1 for value in flag.default]
+    return flag.default + 1 if flag.type is int else flag.default / 2 or 0.125
 
 
 @pytest.mark.parametrize(
     ("implementation", "name"),
-    [(owner, name) for owner, flags in PUBLISHED_FLAGS.items() for name in flags],
+    [
+        (owner, name)
+        for owner, flags in PUBLISHED_FLAGS.items()
+        for name in flags
+        if name not in ALWAYS.get(owner, {})
+    ],
 )
 def test_every_flag_is_mapped_refused_or_ignored_for_a_reason(implementation, name):
-    flag = PUBLISHED_FLAGS[implementation][name]
-    base = NEEDS.get(name, {})
+    flags = PUBLISHED_FLAGS[implementation]
+    needs = {key: value for key, value in NEEDS.get(name, {}).items() if key in flags}
+    base = ALWAYS.get(implementation, {}) | needs
 
     def build(overrides):
         return config_from_published_args(
             [], implementation=implementation, overrides=base | overrides
         )
 
-    changed = {name: other_value(name, flag)}
-    if name in REFUSED:
+    changed = {name: other_value(name, flags[name])}
+    if name in REFUSED | REFUSED_OF.get(implementation, set()):
         with pytest.raises(ValueError, match=name):
             build(changed)
-    elif name in IGNORED_FLAGS or name in DEAD_FLAGS:
+    elif name in IGNORED_FLAGS | IGNORED_FLAGS_OF.get(implementation, {}) or name in DEAD_FLAGS:
         assert build(changed) == build({})
     else:
         assert build(changed) != build({})
@@ -390,7 +516,7 @@ def test_unknown_and_unsupported_flags_are_refused(flags, complaint):
 def test_a_flag_of_another_command_line_is_named_as_such():
     with pytest.raises(ValueError, match=r"use_aux_ffn \(a flag of ms-detr\)"):
         config_from_published_args(["--use_aux_ffn"], implementation="ms-detr-impl-a")
-    with pytest.raises(ValueError, match=r"num_queries \(a flag of ms-detr, .*deformable-detr\)"):
+    with pytest.raises(ValueError, match=r"num_queries \(a flag of ms-detr, .*deta\)"):
         config_from_published_args(Namespace(num_queries_one2one=300, num_queries=300))
     with pytest.raises(ValueError, match=r"topk \(a flag of h-deformable-detr\)"):
         config_from_published_args(["--topk", "100"])
