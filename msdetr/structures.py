@@ -12,6 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+BACKGROUND = -1
+"""`Assignment.target_class` of a query that learns to be background."""
+IGNORED = -2
+"""`Assignment.target_class` of a query without any loss, for instance in an empty target slot."""
+
 SpatialShapes = tuple[tuple[int, int], ...]
 """(height, width) of each feature level, as Python integers: fixed per image bucket."""
 
@@ -58,6 +63,15 @@ class Targets(NamedTuple):
         if times == 1:
             return self
         return Targets(*(x[:, None].expand(-1, times, *x.shape[1:]).flatten(0, 1) for x in self))
+
+
+class TargetCount(NamedTuple):
+    """Number of targets of a step, over all its micro-batches."""
+
+    mean: Tensor
+    """0-dim, mean over the processes."""
+    local: Tensor
+    """0-dim, of this process."""
 
 
 class Batch(NamedTuple):
@@ -123,6 +137,10 @@ class DetectorOutput(NamedTuple):
     - `one_to_one`: the decoder layers, always there. Group DETR trains several groups.
     - `one_to_many`: the same queries under one-to-many supervision, in training where configured.
     - `hybrid`: the decoder layers for the extra queries of H-DETR, in training.
+    - `denoising`: the decoder layers for noised targets (DN-DETR), in training. A group has a query
+      per target slot.
+    - `contrastive`: the same with negatives (DINO). A group has a query per target slot, and
+      negatives of all of them after those.
     - `encoder`: two-stage proposals with their anchors, in training; N = 1, Q = S.
     - `encoder_selected`: the selected proposals instead, where they are selected by best class.
     """
@@ -149,7 +167,7 @@ class Assignment(NamedTuple):
     mask: Tensor
     """[N, B, T, k] bool"""
     target_class: Tensor
-    """[N, B, Q] int64, the class that each query learns; -1 is background."""
+    """[N, B, Q] int64, the class that each query learns, or `BACKGROUND`, or `IGNORED`."""
 
 
 class Detections(NamedTuple):

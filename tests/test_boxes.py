@@ -40,6 +40,8 @@ def test_overlaps_by_hand():
     assert box_iou(a, far).item() == 0.0
     assert generalized_box_iou(a, far).item() == pytest.approx(-2 / 8)
     assert box_iou(a, a).item() == generalized_box_iou(a, a).item() == 1.0
+    assert generalized_box_iou(a, b, eps=1.0).item() == pytest.approx(1 / 8 - 2 / 10)
+    assert pairwise_generalized_iou(a[None], b[None], eps=1.0).item() == pytest.approx(1 / 8 - 0.2)
 
 
 def test_pairwise_overlaps_equal_torchvision():
@@ -64,6 +66,7 @@ def test_paired_overlaps_are_the_diagonal_of_the_pairwise_ones():
 def test_gradient_of_generalized_iou():
     a, b = random_corner_boxes(6).requires_grad_(), random_corner_boxes(6).requires_grad_()
     assert torch.autograd.gradcheck(generalized_box_iou, (a, b))
+    assert torch.autograd.gradcheck(generalized_box_iou, (a, b, 0.1))
 
 
 # Sides whose square is a small number, a denormal one, and zero; then lines.
@@ -103,10 +106,11 @@ def test_inverted_boxes_give_finite_gradients():
 
 
 def assert_finite_gradients(*corners: tuple[float, ...]) -> None:
-    boxes = [torch.tensor(box).requires_grad_() for box in corners]
-    generalized_box_iou(*boxes).backward()
-    for box in boxes:
-        assert box.grad.isfinite().all(), f"{corners}: {box.grad}"
+    for eps in (0.0, 1e-6):
+        boxes = [torch.tensor(box).requires_grad_() for box in corners]
+        generalized_box_iou(*boxes, eps).backward()
+        for box in boxes:
+            assert box.grad.isfinite().all(), f"{corners}: {box.grad}"
 
 
 def test_at_least_float32():

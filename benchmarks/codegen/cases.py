@@ -145,6 +145,7 @@ def launch_assignment(
         cost_class=0.0 if is_encoder else 2.0,
         cost_bbox=5.0,
         cost_giou=2.0,
+        giou_eps=0.0,
         alpha=0.25,
         worst=1e6,
     )

@@ -43,7 +43,8 @@ def is_compiled(config: CompileConfig, device: torch.device) -> bool:
 
 
 def compiled_regions(model: Detector, criterion: Criterion) -> list[Region]:
-    """The compiled regions of a training step, in the order in which they run."""
+    """The compiled regions of a training step, in the order in which they first run."""
+    position = model.decoder.query_position
     return [
         Region(model, "normalize"),
         Region(model.backbone, "forward"),
@@ -51,6 +52,8 @@ def compiled_regions(model: Detector, criterion: Criterion) -> list[Region]:
         Region(model.encoder, "reference_points"),
         *(Region(layer, "forward") for layer in model.encoder.layers),
         Region(model.query_selection, "forward"),
+        *([Region(model, "with_denoising")] if model.denoising is not None else []),
+        *([Region(position, "forward")] if position is not None else []),
         *(Region(layer, "forward") for layer in model.decoder.layers),
         Region(model.decoder, "predict"),
         Region(criterion, "forward", dynamic=None),

@@ -46,8 +46,10 @@ def intersection_and_union(a, b):
 
 
 @triton.jit
-def quotient(numerator, area):
-    """numerator / area, rounded to nearest; areas below the smallest are replaced by 1."""
+def quotient(numerator, area, EPS: tl.constexpr = 0.0):
+    """numerator / (area + EPS), rounded to nearest; a sum below the smallest area counts as 1."""
+    if EPS != 0.0:
+        area += EPS
     return tl.div_rn(numerator, tl.where(area > _SMALLEST_AREA, area, 1.0))
 
 

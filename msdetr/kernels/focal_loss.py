@@ -31,6 +31,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from msdetr.structures import IGNORED
+
+_IGNORED = tl.constexpr(IGNORED)
 _ELEMENTS = 2048
 """Logits per program: 16 per thread, of four warps."""
 
@@ -87,7 +90,7 @@ def _sigmoid_and_softplus(z, GAMMA: tl.constexpr):
 @triton.jit
 def _locate(layers, K: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr, SPAN: tl.constexpr):
     """Layer of this program, offsets of its logits [CHUNKS, V], mask of those that exist
-    [CHUNKS, 1], and of those that are positive [CHUNKS, V]."""
+    [CHUNKS, 1], of those that are ignored and of those that are positive [CHUNKS, V]."""
     layer = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * CHUNKS  # in the layer
     chunk = tl.arange(0, CHUNKS)
@@ -99,6 +102,7 @@ def _locate(layers, K: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr, SPAN
     column -= query * K  # of the chunk's first logit
     targets = layers.target + (layer * layers.num_queries + first_query) + query
     place = tl.arange(0, V)[None, :]
+    ignored = tl.zeros((CHUNKS, V), tl.int1)
     positive = tl.zeros((CHUNKS, V), tl.int1)
     for i in tl.static_range(SPAN):
         # The i-th query that the chunk overlaps, if there are that many.
@@ -106,10 +110,16 @@ def _locate(layers, K: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr, SPAN
         target = tl.load(targets + i, mask=overlaps, other=-1)
         # Checked before the conversion to 32 bits: classes that do not exist are background.
         exists = (target >= 0) & (target < K)
-        place_of_class = tl.where(exists, target.to(tl.int32) + (i * K - column), -1)
+        first_place = i * K - column
+        place_of_class = tl.where(exists, target.to(tl.int32) + first_place, -1)
         positive = positive | (place == place_of_class[:, None])
+        is_ignored = (target == _IGNORED)[:, None]
+        if i == 0:
+            ignored = ignored | is_ignored
+        else:
+            ignored = tl.where(place >= first_place[:, None], is_ignored, ignored)
     offset = (layer * layers.num_chunks + first) * V + (chunk * V)[:, None] + place
-    return layer, offset, inside[:, None], positive
+    return layer, offset, inside[:, None], ignored, positive
 
 
 @triton.jit
@@ -123,9 +133,10 @@ def focal_forward_kernel(
     SPAN: tl.constexpr,
 ):
     """The loss of a program's logits; see `msdetr.ops.focal_loss`."""
-    layer, offset, inside, positive = _locate(layers, K, V, CHUNKS, SPAN)
-    # The loss of a negative logit of minus infinity is 0.
+    layer, offset, inside, ignored, positive = _locate(layers, K, V, CHUNKS, SPAN)
     x = tl.load(layers.logits + offset, mask=inside, other=-float("inf")).to(tl.float32)
+    # The loss of a negative logit of minus infinity is 0.
+    x = tl.where(ignored, -float("inf"), x)
     power, _, _, softplus = _sigmoid_and_softplus(tl.where(positive, -x, x), GAMMA)
     loss = tl.where(positive, layers.alpha, layers.rest) * (power * softplus)
     tl.store(partial_ptr + layer * tl.num_programs(0) + tl.program_id(0), tl.sum(loss))
@@ -144,8 +155,9 @@ def focal_backward_kernel(
     SPAN: tl.constexpr,
 ):
     """The gradient of a program's logits."""
-    layer, offset, inside, positive = _locate(layers, K, V, CHUNKS, SPAN)
+    layer, offset, inside, ignored, positive = _locate(layers, K, V, CHUNKS, SPAN)
     x = tl.load(layers.logits + offset, mask=inside, other=0.0).to(tl.float32)
+    x = tl.where(ignored, -float("inf"), x)  # The gradient is 0.
     grad_output = tl.load(grad_output_ptr + layer * stride_grad)
     power, p, q, softplus = _sigmoid_and_softplus(tl.where(positive, -x, x), GAMMA)
     weight = tl.where(positive, -layers.alpha * grad_output, layers.rest * grad_output)

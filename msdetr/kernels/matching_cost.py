@@ -31,6 +31,7 @@ def matching_cost_kernel(
     cost_class,
     cost_bbox,
     cost_giou,
+    GIOU_EPS: tl.constexpr,
     ALPHA: tl.constexpr,
     WORST: tl.constexpr,
     HAS_CLASS: tl.constexpr,
@@ -47,7 +48,8 @@ def matching_cost_kernel(
         distance += tl.abs(a.width - b.width) + tl.abs(a.height - b.height)
         intersection, union = intersection_and_union(a, b)
         hull = _hull(a, b)
-        giou = quotient(intersection, union) - quotient(hull - union, hull)
+        giou = quotient(intersection, union, GIOU_EPS)
+        giou -= quotient(hull - union, hull, GIOU_EPS)
         cost = cost_bbox * distance - cost_giou * giou
         if HAS_CLASS:
             p = 1.0 / (1.0 + tl.exp(-load_logit(scene, queries, target)))
@@ -83,6 +85,7 @@ def matching_cost(
     cost_class: float,
     cost_bbox: float,
     cost_giou: float,
+    giou_eps: float,
     alpha: float,
     worst: float,
 ) -> Tensor:
@@ -99,6 +102,7 @@ def matching_cost(
         float(cost_class),
         float(cost_bbox),
         float(cost_giou),
+        GIOU_EPS=float(giou_eps),
         ALPHA=alpha,
         WORST=worst,
         HAS_CLASS=cost_class != 0,

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msdetr.model.query_sets import QuerySets
+from msdetr.model.query_sets import QuerySets, visible_queries
 from msdetr.ops.dispatch import Impl
 from msdetr.ops.ms_deform_attn import ms_deform_attn_fused
-from msdetr.structures import SpatialShapes
+from msdetr.structures import SpatialShapes, split_groups
 
 
 class MSDeformAttn(nn.Module):
@@ -83,7 +83,9 @@ class MSDeformAttn(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention within groups of queries; the position code enters query and key.
+    """Multi-head attention among queries; the position code enters query and key.
+
+    One call per set: groups are folded into the batch. Only denoising queries need a mask.
 
     Parameter names and initialisation are those of `torch.nn.MultiheadAttention`.
     """
@@ -100,7 +102,7 @@ class SelfAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, query_pos: Tensor, sets: QuerySets) -> Tensor:
-        """Attend within each group of `sets`.
+        """Attend as `sets` allow.
 
         Args:
             x: [B, Q, C] queries of all sets.
@@ -115,15 +117,27 @@ class SelfAttention(nn.Module):
         bias_qk, bias_v = self.in_proj_bias.split((2 * channels, channels))
         query, key = F.linear(x + query_pos, weight_qk, bias_qk).chunk(2, dim=-1)
         value = F.linear(x, weight_v, bias_v)
-        parts = zip(*map(sets.split_groups, (query, key, value)), strict=True)
-        attended = [self._attend(*part).view(len(x), -1, channels) for part in parts]
+        parts = zip(*map(sets.split, (query, key, value)), strict=True)
+        infers = [sets.of_primary(field)[:, : sets.primary.group_size] for field in (key, value)]
+        attended = []
+        for query_set, part in zip(sets.sets, parts, strict=True):
+            if query_set.sees_primary:
+                own, *rest = part
+                keys = [torch.cat(pair, dim=1) for pair in zip(rest, infers, strict=True)]
+                visible = visible_queries(query_set, sets.primary.group_size, x.device)
+                attended.append(self._attend(own, keys[0], keys[1], visible))
+            else:
+                group = [split_groups(field, query_set.num_groups, dim=1) for field in part]
+                attended.append(self._attend(*group).view(len(x), -1, channels))
         output: Tensor = self.out_proj(
             attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
         )
         return output
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of P problems, [P, Q, C] each."""
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None
+    ) -> Tensor:
+        """Attention of P problems: [P, Q, C] each, and the keys [Q, keys] that a query sees."""
 
         def split_heads(tensor: Tensor) -> Tensor:
             return tensor.view(*tensor.shape[:-1], self.num_heads, -1).transpose(1, 2)
@@ -132,6 +146,7 @@ class SelfAttention(nn.Module):
             split_heads(query),
             split_heads(key),
             split_heads(value),
+            attn_mask=visible,
             dropout_p=self.dropout if self.training else 0.0,
         )
         return attended.transpose(1, 2).flatten(2)

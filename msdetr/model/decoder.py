@@ -13,6 +13,7 @@ from msdetr.model.attention import MSDeformAttn, SelfAttention
 from msdetr.model.geometry import level_valid_ratios, refine_boxes
 from msdetr.model.heads import DetectionHeads, LayerHeads
 from msdetr.model.layers import Dropout, FeedForward
+from msdetr.model.query_position import BoxPosition
 from msdetr.model.query_selection import Queries
 from msdetr.model.query_sets import QuerySets
 from msdetr.structures import Branch, FeaturePyramid, Predictions
@@ -84,7 +85,7 @@ class DecoderLayer(nn.Module):
         output = self.ffn(second)
         one_to_many = None
         if self.training and self.internal_one_to_many:
-            primary = sets.split(first)[0]
+            primary = sets.of_primary(first)
             ffn = self.one_to_many_ffn
             one_to_many = primary if ffn is None else ffn(primary)
         return LayerOutput(output, one_to_many)
@@ -131,6 +132,13 @@ class Decoder(nn.Module):
         self.one_to_many_at_output = config.one_to_many == "output"
         self.box_refine = config.box_refine
         self.look_forward_twice = config.look_forward_twice
+        self.logit_eps = config.logit_eps
+        self.query_position: BoxPosition | None = None
+        if config.query_position != "initial":
+            self.query_position = BoxPosition(config)
+        self.norm: nn.LayerNorm | None = None
+        if config.decoder_norm:
+            self.norm = nn.LayerNorm(config.hidden_dim)
 
     def forward(
         self, queries: Queries, memory: FeaturePyramid, heads: DetectionHeads
@@ -143,10 +151,13 @@ class Decoder(nn.Module):
         reference = Reference(queries.reference, queries.reference)
         predictions: list[dict[str, Predictions]] = []
         for index, layer in enumerate(self.layers):
+            query_pos = queries.query_pos
+            if self.query_position is not None:
+                query_pos = self.query_position(x, reference.start, ratios, is_first=index == 0)
             output = call_module(
                 layer,
                 x,
-                queries.query_pos,
+                query_pos,
                 reference.start,
                 ratios,
                 memory,
@@ -158,7 +169,7 @@ class Decoder(nn.Module):
             branches, reference = self.predict(heads.of_layer(index), output, reference, sets)
             predictions.append(branches)
         num_groups = {query_set.branch: query_set.num_groups for query_set in sets.sets}
-        return {
+        output_branches = {
             name: Branch(
                 Predictions(
                     torch.stack([branches[name].logits for branches in predictions]),
@@ -168,6 +179,11 @@ class Decoder(nn.Module):
             )
             for name in predictions[0]
         }
+        if self.training and queries.reference.shape[-1] == 4:
+            primary = output_branches["one_to_one"]
+            anchors = sets.of_primary(queries.reference)
+            output_branches["one_to_one"] = primary._replace(anchors=anchors)
+        return output_branches
 
     def predict(
         self, heads: LayerHeads, output: LayerOutput, reference: Reference, sets: QuerySets
@@ -183,28 +199,35 @@ class Decoder(nn.Module):
         Returns:
             Logits [B, Q, K] and boxes [B, Q, 4] by branch, and the next layer's reference.
         """
-        x, one_to_many = output
-        delta = heads.box(x)
-        boxes = refine_boxes(delta, reference.loss)
-        fields = map(sets.split, (heads.classes["one_to_one"](x), boxes))
+        state, one_to_many = output
+        if self.norm is not None:
+            state = self.norm(state)
+            one_to_many = None if one_to_many is None else self.norm(one_to_many)
+        delta = heads.box(state)
+        boxes = refine_boxes(delta, reference.loss, self.logit_eps)
+        fields = map(sets.split, (heads.classes["one_to_one"](state), boxes))
         predictions = {
             query_set.branch: Predictions(*prediction)
             for query_set, *prediction in zip(sets.sets, *fields, strict=True)
         }
         if one_to_many is not None:
-            start = sets.split(reference.loss)[0]
+            start = sets.of_primary(reference.loss)
             predictions["one_to_many"] = Predictions(
                 heads.classes["one_to_many"](one_to_many),
-                refine_boxes(heads.box(one_to_many), start),
+                refine_boxes(heads.box(one_to_many), start, self.logit_eps),
             )
         if self.training and self.one_to_many_at_output:
             # The same hidden state and box head give the same boxes.
             predictions["one_to_many"] = Predictions(
-                heads.classes["one_to_many"](sets.split(x)[0]), predictions["one_to_one"].boxes
+                heads.classes["one_to_many"](sets.of_primary(state)),
+                predictions["one_to_one"].boxes,
             )
         if not self.box_refine:
             return predictions, reference
-        if self.look_forward_twice:
-            refined = refine_boxes(delta, reference.start)
-            return predictions, Reference(refined.detach(), refined)
-        return predictions, Reference(boxes.detach(), boxes.detach())
+        if self.norm is not None or self.look_forward_twice:
+            if self.norm is not None:
+                delta = heads.box(output.x)
+            boxes = refine_boxes(delta, reference.start, self.logit_eps)
+        return predictions, Reference(
+            boxes.detach(), boxes if self.look_forward_twice else boxes.detach()
+        )

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from msdetr.config import ModelConfig
 from msdetr.model.backbone import build_backbone, load_backbone_weights
 from msdetr.model.decoder import Decoder
+from msdetr.model.denoising import DenoisingQueries
 from msdetr.model.encoder import Encoder
 from msdetr.model.geometry import level_valid_sizes
 from msdetr.model.heads import DetectionHeads
 from msdetr.model.neck import Neck
 from msdetr.model.position_embedding import LearnedPositionEmbedding, SinePositionEmbedding
-from msdetr.model.query_selection import EmbeddedQueries, ProposalQueries
-from msdetr.structures import DetectorOutput, FeaturePyramid, ImageBatch
+from msdetr.model.proposal_queries import ProposalQueries
+from msdetr.model.query_selection import AnchorQueries, EmbeddedQueries, Queries, QuerySelection
+from msdetr.structures import DetectorOutput, FeaturePyramid, ImageBatch, Targets
 
 # Mean and standard deviation of ImageNet's RGB values, the normalisation of torchvision's weights.
 PIXEL_MEAN = (0.485, 0.456, 0.406)
@@ -37,39 +39,82 @@ class Detector(nn.Module):
         self.config = config
         self.backbone = build_backbone(config)
         self.neck = Neck(self.backbone.channels, config.hidden_dim, config.num_levels)
-        position_embedding = (
-            SinePositionEmbedding
-            if config.position_embedding == "sine"
-            else LearnedPositionEmbedding
-        )
-        self.position_embedding = position_embedding(config.hidden_dim)
+        self.position_embedding: SinePositionEmbedding | LearnedPositionEmbedding
+        if config.position_embedding == "sine":
+            self.position_embedding = SinePositionEmbedding(
+                config.hidden_dim,
+                temperature=config.position_temperature,
+                offset=config.position_offset,
+            )
+        else:
+            self.position_embedding = LearnedPositionEmbedding(config.hidden_dim)
         self.level_embed = nn.Parameter(torch.randn(config.num_levels, config.hidden_dim))
         self.encoder = Encoder(config)
-        self.query_selection = (ProposalQueries if config.two_stage else EmbeddedQueries)(config)
+        self.query_selection = _query_selection(config)
+        self.denoising: DenoisingQueries | None = None
+        if config.denoising != "none":
+            self.denoising = DenoisingQueries(config, config.num_classes)
         self.decoder = Decoder(config)
         self.heads = DetectionHeads(config, config.num_classes)
         self.register_buffer("pixel_mean", _per_channel(PIXEL_MEAN), persistent=False)
         self.register_buffer("pixel_std", _per_channel(PIXEL_STD), persistent=False)
 
-    def forward(self, images: ImageBatch) -> DetectorOutput:
+    def forward(
+        self, images: ImageBatch, targets: Targets | None = None, noise: Tensor | None = None
+    ) -> DetectorOutput:
         """Detect objects in a batch of images.
 
         Args:
             images: uint8 pixels are normalised here; floating-point pixels are used unchanged.
+            targets: of the images, padded to at least one slot. Only denoising reads them, in
+                training mode.
+            noise: random numbers of `draw_noise` for these targets; default: new ones.
 
         Returns:
             Predictions of all decoder layers. In training mode also those of the one-to-many
-            branch, of extra queries and of the encoder, where configured.
+            branch, of extra and denoising queries and of the encoder, where configured.
 
         Raises:
             ValueError: two-stage, and the images have fewer tokens than there are queries.
+                Denoising in training mode, and there are no targets.
         """
         features = self.backbone(self.normalize(images))
         pyramid, pos = self.flatten(features, images)
         memory = self.encoder(pyramid, pos)
-        queries = self.query_selection(memory, self.heads)
+        queries: Queries = self.query_selection(memory, self.heads)
+        if self.denoising is not None and self.training:
+            if targets is None:
+                raise ValueError("a model with denoising needs the targets in training mode")
+            if noise is None:
+                noise = self.denoising.draw(targets)
+            queries = self.with_denoising(queries, targets, noise)
         branches = self.decoder(queries, memory, self.heads)
         return DetectorOutput(branches | queries.proposals)
+
+    def draw_noise(self, targets: Targets, generator: torch.Generator | None) -> Tensor | None:
+        """Random numbers for the denoising queries of a batch, outside of compiled code.
+
+        Returns:
+            See `DenoisingQueries.draw`; None without denoising.
+        """
+        return None if self.denoising is None else self.denoising.draw(targets, generator)
+
+    def with_denoising(self, queries: Queries, targets: Targets, noise: Tensor) -> Queries:
+        """The queries of a batch, with the denoising set before them."""
+        assert self.denoising is not None
+        denoising = self.denoising(targets, noise)
+        query_pos = queries.query_pos
+        if query_pos is not None:
+            assert isinstance(self.query_selection, ProposalQueries)  # the others have no boxes
+            code, _ = self.query_selection.code(denoising.reference)
+            query_pos = torch.cat((code, query_pos), dim=1)
+        return Queries(
+            torch.cat((denoising.content, queries.content), dim=1),
+            query_pos,
+            torch.cat((denoising.reference, queries.reference), dim=1),
+            queries.sets.preceded_by(denoising.query_set),
+            queries.proposals,
+        )
 
     def checkpoint_activations(self, parts: Literal["none", "encoder", "all"]) -> None:
         """Choose the modules whose activations are recomputed in the backward pass.
@@ -128,6 +173,12 @@ def build_detector(config: ModelConfig, *, initialize_backbone: bool = True) -> 
     if initialize_backbone:
         load_backbone_weights(detector.backbone, config)
     return detector
+
+
+def _query_selection(config: ModelConfig) -> QuerySelection:
+    if config.two_stage:
+        return ProposalQueries(config)
+    return (EmbeddedQueries if config.query_position == "initial" else AnchorQueries)(config)
 
 
 def _per_channel(values: tuple[float, ...]) -> Tensor:

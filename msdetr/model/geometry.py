@@ -62,18 +62,19 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     return torch.log(x.clamp(min=eps) / (1.0 - x).clamp(min=eps))
 
 
-def refine_boxes(delta: Tensor, reference: Tensor) -> Tensor:
+def refine_boxes(delta: Tensor, reference: Tensor, eps: float = 1e-5) -> Tensor:
     """Move reference boxes by predicted steps in logit space (Deformable DETR, eq. 4).
 
     Args:
         delta: [..., 4] raw output of a box head.
         reference: [..., 4] boxes (cxcywh), or [..., 2] points: the size is then `delta`'s alone.
+        eps: see `inverse_sigmoid`.
 
     Returns:
         [..., 4] boxes in [0, 1], float32 at least.
     """
     delta = at_least_float32(delta)
-    logits = inverse_sigmoid(reference)
+    logits = inverse_sigmoid(reference, eps)
     if reference.shape[-1] == 4:
         return (delta + logits).sigmoid()
     center, size = delta[..., :2], delta[..., 2:]

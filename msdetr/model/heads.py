@@ -36,17 +36,23 @@ class EncoderHeads(NamedTuple):
 
 
 class DetectionHeads(nn.Module):
-    """Heads per decoder layer with box refinement, one shared pair of heads without it.
+    """Class and box heads, shared as `ModelConfig.head_sharing` says.
 
-    With two stages, index `num_decoder_layers` is the encoder's. The further groups of Group DETR
-    have heads of their own for the encoder, which exist in training only.
+    `none`: heads 0 ... N - 1 are those of the decoder layers, and with two stages head N is the
+    encoder's. `decoder`: head 0 is that of all decoder layers, head 1 the encoder's. `all`: head 0.
+    The further groups of Group DETR have heads of their own for the encoder, which exist in
+    training only.
     """
 
     def __init__(self, config: ModelConfig, num_classes: int) -> None:
         super().__init__()
         hidden_dim = config.hidden_dim
-        self.encoder_head = config.num_decoder_layers
-        num_heads = config.num_decoder_layers + int(config.two_stage) if config.box_refine else 1
+        sharing = config.head_sharing or ("none" if config.box_refine else "all")
+        num_decoder_heads = config.num_decoder_layers if sharing == "none" else 1
+        self.encoder_head = 0 if sharing == "all" else num_decoder_heads
+        has_encoder_head = config.two_stage and sharing != "all"
+        num_heads = num_decoder_heads + int(has_encoder_head)
+        self.shared = sharing != "none"
 
         class_head = nn.Linear(hidden_dim, num_classes)
         nn.init.constant_(class_head.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
@@ -62,9 +68,8 @@ class DetectionHeads(nn.Module):
                 first_head.last.bias[2:].fill_(-2.0)
         self.one_to_many_class_embed: nn.ModuleList | None = None
         if config.one_to_many == "output":
-            num_heads = config.num_decoder_layers if config.box_refine else 1
             self.one_to_many_class_embed = nn.ModuleList(
-                copy.deepcopy(class_head) for _ in range(num_heads)
+                copy.deepcopy(class_head) for _ in range(num_decoder_heads)
             )
 
         num_groups = num_encoder_groups(config)
@@ -77,19 +82,13 @@ class DetectionHeads(nn.Module):
         """Heads of the encoder's proposals for a group of queries."""
         if group > 0:
             return EncoderHeads(self.group_class_embed[group - 1], self.group_bbox_embed[group - 1])
-        return EncoderHeads(
-            _of_layer(self.class_embed, self.encoder_head),
-            _of_layer(self.bbox_embed, self.encoder_head),
-        )
+        return EncoderHeads(self.class_embed[self.encoder_head], self.bbox_embed[self.encoder_head])
 
     def of_layer(self, layer: int) -> LayerHeads:
         """Heads of a decoder layer. Branches share the class head unless they have their own."""
-        one_to_one = one_to_many = _of_layer(self.class_embed, layer)
+        index = 0 if self.shared else layer
+        one_to_one = one_to_many = self.class_embed[index]
         if self.one_to_many_class_embed is not None:
-            one_to_many = _of_layer(self.one_to_many_class_embed, layer)
+            one_to_many = self.one_to_many_class_embed[index]
         classes = {"one_to_one": one_to_one, "one_to_many": one_to_many}
-        return LayerHeads(classes, _of_layer(self.bbox_embed, layer))
-
-
-def _of_layer(heads: nn.ModuleList, layer: int) -> nn.Module:
-    return heads[layer] if len(heads) > 1 else heads[0]
+        return LayerHeads(classes, self.bbox_embed[index])

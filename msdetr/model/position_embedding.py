@@ -1,4 +1,4 @@
-"""Position codes of feature maps and of proposal boxes, from valid sizes alone, in float32."""
+"""Position codes of feature maps and of boxes, from valid sizes alone, in float32."""
 
 from __future__ import annotations
 
@@ -26,18 +26,22 @@ def sine_code(position: Tensor, num_features: int, temperature: float = 10000.0)
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
 
 
-def proposal_position_code(boxes: Tensor, num_features: int) -> Tensor:
-    """Code of boxes [..., 4] in [0, 1] (cxcywh), `num_features` per coordinate:
-    [..., 4 * num_features]."""
+def box_position_code(boxes: Tensor, num_features: int) -> Tensor:
+    """Code of boxes [..., 4] in [0, 1], `num_features` per coordinate: [..., 4 * num_features]."""
     return sine_code(boxes * (2.0 * math.pi), num_features).flatten(-2)
 
 
 class SinePositionEmbedding(nn.Module):
     """Sine code of the position within the valid part of the image (DETR, appendix A.4)."""
 
-    def __init__(self, hidden_dim: int) -> None:
+    def __init__(
+        self, hidden_dim: int, *, temperature: float = 10000.0, offset: float = 0.5
+    ) -> None:
+        """`offset` is the position of the first cell, in cells."""
         super().__init__()
         self.num_features = hidden_dim // 2
+        self.temperature = temperature
+        self.offset = offset
 
     def forward(self, spatial_shapes: SpatialShapes, valid_sizes: Tensor) -> list[Tensor]:
         """Codes per level.
@@ -57,9 +61,9 @@ class SinePositionEmbedding(nn.Module):
         return codes
 
     def _axis_code(self, length: int, valid: Tensor) -> Tensor:
-        position = torch.arange(length, dtype=torch.float32, device=valid.device) + 0.5
+        position = torch.arange(length, dtype=torch.float32, device=valid.device) + self.offset
         fraction = position / (valid[:, None].float() + 1e-6)
-        return sine_code(fraction * (2.0 * math.pi), self.num_features)
+        return sine_code(fraction * (2.0 * math.pi), self.num_features, self.temperature)
 
 
 class LearnedPositionEmbedding(nn.Module):

@@ -1,22 +1,24 @@
 """Sets of queries that run through the decoder side by side, with the same weights.
 
 The primary set is the one that infers. Other sets exist in training only. A set consists of groups
-of equal size. In self-attention a query sees the queries of its own group and no others: groups and
-sets are separate problems, and no mask is needed.
+of equal size. In self-attention a query sees the queries of its own group. Denoising queries see
+those that infer, too; no other query sees a second group or set.
 
-- `none`: the primary set, one group.
-- `hybrid` (H-DETR, arXiv:2207.13080): a second set of its own size.
-- `group` (Group DETR, arXiv:2207.13085): the primary set has several groups. The first one infers.
+- `extra_queries: hybrid` (H-DETR, arXiv:2207.13080): a set of its own size behind the primary one.
+- `extra_queries: group` (Group DETR, arXiv:2207.13085): the primary set has several groups. The
+  first one infers.
+- `denoising` (DN-DETR, arXiv:2203.01305): a set before the primary one, whose size depends on the
+  targets of the batch; see `msdetr.model.denoising`.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from msdetr.config import ModelConfig
-from msdetr.structures import split_groups
 
 
 class QuerySet(NamedTuple):
@@ -27,6 +29,8 @@ class QuerySet(NamedTuple):
     group_size: int
     """Queries of one group."""
     num_groups: int = 1
+    sees_primary: bool = False
+    """Whether its queries attend to the first group of the primary set, too."""
 
     @property
     def num_queries(self) -> int:
@@ -35,14 +39,16 @@ class QuerySet(NamedTuple):
 
 
 class QuerySets(NamedTuple):
-    """All sets, in the order of their queries. The primary set is the first."""
+    """All sets, in the order of their queries."""
 
     sets: tuple[QuerySet, ...]
+    primary_index: int = 0
+    """Place of the primary set among `sets`."""
 
     @property
     def primary(self) -> QuerySet:
         """The set that infers."""
-        return self.sets[0]
+        return self.sets[self.primary_index]
 
     @property
     def num_queries(self) -> int:
@@ -56,16 +62,29 @@ class QuerySets(NamedTuple):
         parts: tuple[Tensor, ...] = x.split([part.num_queries for part in self.sets], dim=1)
         return parts
 
-    def split_groups(self, x: Tensor) -> list[Tensor]:
-        """[B, Q, ...] of all sets to [B * groups, group size, ...] of each, image-major."""
-        return [
-            split_groups(part, query_set.num_groups, dim=1)
-            for query_set, part in zip(self.sets, self.split(x), strict=True)
-        ]
+    def of_primary(self, x: Tensor) -> Tensor:
+        """[B, Q, ...] of all sets to a view [B, Q of the set, ...] of the primary one."""
+        return self.split(x)[self.primary_index]
+
+    def preceded_by(self, query_set: QuerySet) -> QuerySets:
+        """These sets with one more before them."""
+        return QuerySets((query_set, *self.sets), self.primary_index + 1)
+
+
+def visible_queries(query_set: QuerySet, num_primary: int, device: torch.device) -> Tensor:
+    """What the queries of a set with `sees_primary` attend to.
+
+    Returns:
+        [Q, Q + num_primary] bool, True where a query of the set sees a query of the set, and, after
+        those, one of the primary queries.
+    """
+    group = torch.arange(query_set.num_queries, device=device) // query_set.group_size
+    own = group[:, None] == group
+    return torch.cat((own, own.new_ones(len(own), num_primary)), dim=1)
 
 
 def query_sets(config: ModelConfig, *, training: bool) -> QuerySets:
-    """The sets of a configuration, in training or in inference."""
+    """The sets of a configuration without denoising queries, in training or in inference."""
     num_groups = 1
     if training and config.extra_queries == "group":
         num_groups = config.num_groups

@@ -24,6 +24,7 @@ _KERNELS = frozenset(
         "matching_cost",
         "ms_deform_attn",
         "ms_deform_attn_fused",
+        "nms_mask",
         "one_to_many",
     }
 )

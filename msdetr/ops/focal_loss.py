@@ -18,6 +18,7 @@ from torch import Tensor
 from msdetr.boxes import at_least_float32
 from msdetr.ops.dispatch import Impl, resolve_impl
 from msdetr.ops.registration import no_second_derivative, register_op
+from msdetr.structures import IGNORED
 
 # Limits of the kernels. The reference has none.
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,14 +38,16 @@ def focal_loss(
 
     Args:
         logits: [N, B, Q, K], K at least 1.
-        target_class: [N, B, Q] int64, the class of each query. Values outside of 0 ... K - 1 are
-            background (-1 by convention).
+        target_class: [N, B, Q] int64, the class of each query. All logits of a query of class
+            `msdetr.structures.IGNORED` count as minus infinity, whatever they are: they have no
+            loss, and their gradient is 0. Other values outside of 0 ... K - 1 are background (-1 by
+            convention).
         alpha: weight of positives, in [0, 1]; negatives have 1 - alpha.
         gamma: focusing exponent, at least 0.
         impl: see `msdetr.ops.dispatch`.
 
     Returns:
-        [N], float32 at least. NaN in a logit makes its layer's sum NaN.
+        [N], float32 at least. NaN in a logit that is not ignored makes its layer's sum NaN.
 
     Raises:
         ValueError: shapes, dtypes, devices or numbers are wrong; the message names the argument.
@@ -65,6 +68,7 @@ class _Reference(torch.autograd.Function):
 
     @staticmethod
     def forward(logits: Tensor, target_class: Tensor, alpha: float, gamma: float) -> Tensor:
+        logits = _without_ignored(logits, target_class)
         loss = (1.0 - alpha) * _loss(logits, gamma)
         loss = _replace_positive(loss, logits, target_class, lambda x: alpha * _loss(-x, gamma))
         return loss.sum((1, 2, 3))
@@ -77,12 +81,17 @@ class _Reference(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         logits, target_class = ctx.saved_tensors
+        logits = _without_ignored(logits, target_class)
         alpha, gamma = ctx.alpha, ctx.gamma
         gradient = (1.0 - alpha) * _derivative(logits, gamma)
         gradient = _replace_positive(
             gradient, logits, target_class, lambda x: -alpha * _derivative(-x, gamma)
         )
         return grad_output[:, None, None, None] * gradient, None, None, None
+
+
+def _without_ignored(logits: Tensor, target_class: Tensor) -> Tensor:
+    return logits.masked_fill((target_class == IGNORED)[..., None], -math.inf)
 
 
 def _loss(x: Tensor, gamma: float) -> Tensor:

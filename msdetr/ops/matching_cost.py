@@ -27,6 +27,7 @@ def matching_cost(
     cost_bbox: float,
     cost_giou: float,
     class_agnostic: bool = False,
+    giou_eps: float = 0.0,
     impl: Impl = "auto",
 ) -> Tensor:
     """Cost of every prediction for every target of its own image, all layers at once.
@@ -39,6 +40,7 @@ def matching_cost(
         cost_bbox: weight of the L1 distance.
         cost_giou: weight of the negative GIoU.
         class_agnostic: treat all targets as class 0, whatever their labels.
+        giou_eps: added to both denominators of GIoU; see `msdetr.boxes.generalized_box_iou`.
         impl: see `msdetr.ops.dispatch`.
 
     Returns:
@@ -61,6 +63,7 @@ def matching_cost(
             cost_class,
             cost_bbox,
             cost_giou,
+            giou_eps,
         )
         return cost.transpose(2, 3)
     boxes = at_least_float32(boxes)
@@ -68,7 +71,7 @@ def matching_cost(
     l1 = sum(
         (boxes[..., :, None, side] - target_boxes[:, None, :, side]).abs() for side in range(4)
     )
-    giou = pairwise_generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
+    giou = pairwise_generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes), giou_eps)
     cost = cost_bbox * l1 - cost_giou * giou
     if cost_class:
         labels = torch.zeros_like(targets.labels) if class_agnostic else targets.labels
@@ -93,6 +96,7 @@ def _kernel(
     cost_class: float,
     cost_bbox: float,
     cost_giou: float,
+    giou_eps: float,
 ) -> Tensor:
     from msdetr.kernels import matching_cost as kernel
 
@@ -105,6 +109,7 @@ def _kernel(
         cost_class=cost_class,
         cost_bbox=cost_bbox,
         cost_giou=cost_giou,
+        giou_eps=giou_eps,
         alpha=FOCAL_ALPHA,
         worst=WORST_COST,
     )
@@ -119,7 +124,7 @@ def _fake(
 
 register_op(
     "matching_cost(Tensor logits, Tensor boxes, Tensor? labels, Tensor target_boxes, Tensor count, "
-    "float cost_class, float cost_bbox, float cost_giou) -> Tensor",
+    "float cost_class, float cost_bbox, float cost_giou, float giou_eps) -> Tensor",
     _kernel,
     fake=_fake,
 )

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from msdetr.config import AssignmentConfig
 from msdetr.ops.dispatch import Impl
+from msdetr.ops.iou_assignment import assign_by_iou
 from msdetr.ops.linear_assignment import linear_assignment_of_layers
 from msdetr.ops.matching_cost import matching_cost
 from msdetr.ops.one_to_many import one_to_many
-from msdetr.structures import Assignment, Branch, Targets
+from msdetr.structures import IGNORED, Assignment, Branch, Targets
 
 
 class MatchContext(NamedTuple):
@@ -62,6 +63,8 @@ class Hungarian:
     """All targets have class 0, "object", whatever their labels."""
     by_anchors: bool = False
     """Match the anchors of the branch instead of its predicted boxes."""
+    giou_eps: float = 0.0
+    """Added to the denominators of the GIoU."""
     k: int = 1
     """Queries per target."""
 
@@ -83,6 +86,7 @@ class Hungarian:
             cost_class=self.cost_class,
             cost_bbox=self.cost_bbox,
             cost_giou=self.cost_giou,
+            giou_eps=self.giou_eps,
             class_agnostic=self.class_agnostic,
             impl=context.impl,
         )
@@ -149,9 +153,91 @@ class OneToMany:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ByIoU:
+    """Up to k queries per target by the IoU of the anchors, in all layers the same (DETA).
+
+    See `msdetr.ops.iou_assignment`. A query that serves several targets stands in the places of all
+    of them and learns the class of the last one, as in the published code on a CPU.
+    """
+
+    is_random: ClassVar[bool] = True
+    k: int
+    threshold: float
+    max_positives: int | None = None
+    """At most this many positives per image; None: `positive_fraction` of the queries."""
+    positive_fraction: float = 1.0
+    class_agnostic: bool = False
+    """All targets have class 0, "object", whatever their labels."""
+
+    def __call__(self, branch: Branch, targets: Targets, context: MatchContext) -> Assignment:
+        """Assignment with k places per target.
+
+        Raises:
+            ValueError: the branch has no anchors, or there is no priority.
+        """
+        if branch.anchors is None:
+            raise ValueError("matching by IoU reads anchors, and the branch has none")
+        priority = context.priority
+        if priority is None:
+            raise ValueError("matching by IoU needs a random priority per query")
+        num_layers, _, num_queries, _ = branch.predictions.logits.shape
+        max_positives = self.max_positives
+        if max_positives is None:
+            max_positives = int(self.positive_fraction * num_queries)
+        query_index, mask, target = assign_by_iou(
+            branch.anchors,
+            targets,
+            priority[-1] if priority.dim() == 3 else priority,
+            k=self.k,
+            threshold=self.threshold,
+            max_positives=max_positives,
+        )
+        labels = torch.zeros_like(targets.labels) if self.class_agnostic else targets.labels
+        target_class = torch.where(target >= 0, labels.gather(1, target.clamp(min=0)), -1)
+        layers = (x.expand(num_layers, *x.shape) for x in (query_index, mask, target_class))
+        return Assignment(*layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedPairs:
+    """The pairs of denoising queries: query t of a group restores target t.
+
+    The queries after the first T are negatives, which learn background. Empty slots carry no loss
+    in DN-DETR; where there are negatives (DINO), they learn background, too. A batch without any
+    target has no loss.
+    """
+
+    def __call__(self, branch: Branch, targets: Targets, context: MatchContext) -> Assignment:
+        """Assignment with one place per target."""
+        num_layers, batch, num_queries, _ = branch.predictions.logits.shape
+        num_slots = targets.labels.shape[1]
+        query = torch.arange(num_slots, device=targets.labels.device)
+        query_index = torch.where(targets.mask, query, 0)
+        num_negatives = num_queries - num_slots
+        no_object = -1 if num_negatives else IGNORED
+        target_class = torch.where(targets.mask, targets.labels, no_object)
+        negatives = target_class.new_full((batch, num_negatives), no_object)
+        target_class = torch.cat((target_class, negatives), dim=1)
+        target_class = torch.where(targets.count.sum() > 0, target_class, IGNORED)
+        fields = (query_index[..., None], targets.mask[..., None], target_class)
+        return Assignment(*(x.expand(num_layers, *x.shape) for x in fields))
+
+
 def one_to_one_matcher(config: AssignmentConfig) -> Matcher:
     """Matcher of predictions with real labels, by the costs of the configuration."""
     return _hungarian(config)
+
+
+def decoder_matcher(config: AssignmentConfig) -> Matcher:
+    """Matcher of the object queries."""
+    if config.decoder_match == "iou":
+        return ByIoU(
+            k=config.iou_k,
+            threshold=config.iou_threshold,
+            positive_fraction=config.positive_fraction,
+        )
+    return one_to_one_matcher(config)
 
 
 def hybrid_matcher(config: AssignmentConfig) -> Matcher:
@@ -173,12 +259,20 @@ def one_to_many_matcher(config: AssignmentConfig) -> Matcher:
 
 def encoder_matcher(config: AssignmentConfig) -> Matcher:
     """Matcher of the encoder's proposals. They tell objects from background, not classes."""
+    if config.encoder_match == "iou":
+        return ByIoU(
+            k=config.iou_k,
+            threshold=config.encoder_iou_threshold,
+            max_positives=config.encoder_max_positives,
+            class_agnostic=True,
+        )
     return Hungarian(
         cost_class=config.encoder_cost_class,
         cost_bbox=config.cost_bbox,
         cost_giou=config.cost_giou,
         class_agnostic=True,
         by_anchors=config.encoder_match == "anchors",
+        giou_eps=config.giou_eps,
     )
 
 
@@ -187,6 +281,7 @@ def _hungarian(config: AssignmentConfig, k: int = 1) -> Hungarian:
         cost_class=config.cost_class,
         cost_bbox=config.cost_bbox,
         cost_giou=config.cost_giou,
+        giou_eps=config.giou_eps,
         k=k,
     )
 

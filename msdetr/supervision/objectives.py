@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from msdetr.config import AssignmentConfig, LossConfig
 from msdetr.supervision.losses import loss_weights
 from msdetr.supervision.matchers import (
+    FixedPairs,
     Matcher,
+    decoder_matcher,
     encoder_matcher,
     hybrid_matcher,
     one_to_many_matcher,
@@ -29,6 +31,11 @@ class Objective:
     targets_repeated: int = 1
     """Losses are divided by this many times the number of targets (H-DETR, whose targets are
     repeated)."""
+    sum_groups: bool = False
+    """Add up the losses of the branch's groups instead of averaging them."""
+    per_process: bool = False
+    """Losses are divided by the targets of this process instead of the mean over processes
+    (DN-DETR)."""
     last_layer_only: bool = False
     """Supervise the last layer of the branch instead of all layers."""
 
@@ -45,18 +52,23 @@ def build_objectives(assignment: AssignmentConfig, loss: LossConfig) -> tuple[Ob
     the detector does not have is skipped.
     """
     matchers = {
-        "one_to_one": one_to_one_matcher(assignment),
+        "one_to_one": decoder_matcher(assignment),
         "one_to_many": one_to_many_matcher(assignment),
         "hybrid": hybrid_matcher(assignment),
+        "denoising": FixedPairs(),
+        "contrastive": FixedPairs(),
         "encoder": encoder_matcher(assignment),
         "encoder_selected": one_to_one_matcher(assignment),
     }
+    weights = {"contrastive": "denoising", "encoder_selected": "encoder"}
     return tuple(
         Objective(
             branch=branch,
             matcher=matcher,
-            weights=loss_weights(loss, branch),
+            weights=loss_weights(loss, weights.get(branch, branch)),
             targets_repeated=assignment.hybrid_k if branch == "hybrid" else 1,
+            sum_groups=loss.sum_group_losses and branch not in ("denoising", "contrastive"),
+            per_process=branch == "denoising",
             last_layer_only=not loss.auxiliary,
         )
         for branch, matcher in matchers.items()

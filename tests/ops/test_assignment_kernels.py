@@ -71,7 +71,14 @@ class TestMatchingCost:
 
     @pytest.mark.parametrize(
         "change",
-        [{}, {"cost_class": 0.0}, {"cost_bbox": 0.0}, {"cost_giou": 0.0}, {"cost_class": 7.0}],
+        [
+            {},
+            {"cost_class": 0.0},
+            {"cost_bbox": 0.0},
+            {"cost_giou": 0.0},
+            {"cost_class": 7.0},
+            {"giou_eps": 0.1},
+        ],
     )
     def test_equals_the_reference(self, kernel_device, change):
         self.check(random_scene((3, 0, 4), queries=7), kernel_device, **COSTS | change)
@@ -104,6 +111,7 @@ class TestMatchingCost:
         scene.boxes[:, :, ::2, 2:] = 0.0
         scene.targets.boxes[:, 0, 2:] = 0.0
         self.check(scene, kernel_device, **COSTS)
+        self.check(scene, kernel_device, **COSTS, giou_eps=1e-6)
 
     def test_without_class_cost_the_logits_are_not_read(self, kernel_device):
         scene = random_scene((3, 2))
@@ -719,7 +727,7 @@ def test_opcheck(kernel_device, op):
     device = torch.device("cpu") if op.endswith("_chunked") else kernel_device
     logits, boxes, targets = moved(random_scene((3, 2), queries=6), device)
     if op == "matching_cost":
-        arguments = (logits, boxes, *targets, 2.0, 5.0, 2.0)
+        arguments = (logits, boxes, *targets, 2.0, 5.0, 2.0, 1e-6)
     elif op.startswith("linear_assignment"):
         cost = torch.rand(2, 2, 6, 5, device=device)
         arguments = (cost, targets.count, targets.labels, 3)

@@ -16,6 +16,7 @@ import torch
 from ops import test_assignment_kernels as assignment
 from ops import test_focal_loss as focal
 from ops import test_ms_deform_attn_kernel as attention
+from ops import test_nms as nms
 from ptx import dtype_of
 from scenes import Scene, random_scene
 
@@ -123,6 +124,12 @@ def focal_loss(device: torch.device, dtype: torch.dtype) -> None:
     focal.check(focal.random_call(device, (2, 2, 14, 91), dtype=dtype))
 
 
+def nms_mask(device: torch.device, dtype: torch.dtype) -> None:
+    """Several blocks, and long chains within one."""
+    nms.check(nms.random_boxes(2, 150, dtype=dtype).to(device), 0.3)
+    nms.check(nms.chain(70).to(device, dtype), 0.5)
+
+
 ATTENTION = ("forward", "points", "link", "walk")
 CASES = (
     Case(fused_attention, ATTENTION),
@@ -135,6 +142,7 @@ CASES = (
     Case(assignment_of_copies, (), ("best_columns", "linear_assignment")),
     Case(one_to_many, ("score",), ("best_queries", "select")),
     Case(focal_loss, ("focal_forward", "focal_backward")),
+    Case(nms_mask, ("nms",)),
 )
 
 

@@ -12,6 +12,7 @@ from msdetr.ops.focal_loss import focal_loss
 from msdetr.ops.linear_assignment import linear_assignment
 from msdetr.ops.matching_cost import matching_cost
 from msdetr.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
+from msdetr.ops.nms import nms_mask
 from msdetr.ops.one_to_many import one_to_many
 
 
@@ -32,6 +33,8 @@ def call(op: str, impl: str) -> None:
     elif op == "focal_loss":
         background = torch.full((1, 1, 2), -1)
         focal_loss(torch.zeros(1, 1, 2, 3), background, alpha=0.25, gamma=2.0, impl=impl)
+    elif op == "nms_mask":
+        nms_mask(torch.rand(1, 3, 4), iou_threshold=0.5, impl=impl)
     else:
         priority = torch.zeros(1, 12)
         one_to_many(*scene, priority, k=1, threshold=0.5, positive_fraction=1.0, impl=impl)
@@ -46,6 +49,7 @@ every_op = pytest.mark.parametrize(
         "matching_cost",
         "one_to_many",
         "focal_loss",
+        "nms_mask",
     ],
 )
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from msdetr.ops import focal_loss as focal_loss_module
 from msdetr.ops.focal_loss import focal_loss
+from msdetr.structures import BACKGROUND, IGNORED
 
 FOCAL = {"alpha": 0.25, "gamma": 2.0}
 GAMMAS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
@@ -65,7 +66,7 @@ def random_call(
     spread: float = 3.0,
 ) -> Call:
     logits = (spread * torch.randn(shape)).to(device, dtype)
-    target_class = torch.randint(-1, shape[-1], shape[:-1], device=device)
+    target_class = torch.randint(IGNORED, shape[-1], shape[:-1], device=device)
     return Call(logits, target_class, torch.randn(shape[0], device=device), alpha, gamma)
 
 
@@ -82,8 +83,8 @@ class TestReference:
     @pytest.mark.parametrize("gamma", GAMMAS)
     def test_derivatives(self, gamma):
         """First and second derivatives: the gradient is written by hand."""
-        logits = torch.randn(2, 1, 5, 3, dtype=torch.float64, requires_grad=True)
-        target_class = torch.tensor([-1, 0, 2, 1, 3]).expand(2, 1, 5)
+        logits = torch.randn(2, 1, 6, 3, dtype=torch.float64, requires_grad=True)
+        target_class = torch.tensor([BACKGROUND, 0, 2, 1, 3, IGNORED]).expand(2, 1, 6)
 
         def loss(logits: Tensor) -> Tensor:
             return focal_loss(logits, target_class, alpha=0.25, gamma=gamma)
@@ -111,8 +112,9 @@ class TestBothImplementations:
     def test_equals_torchvision(self, kernel_device, impl, alpha, gamma):
         call = random_call(kernel_device, (2, 3, 4, 5), alpha=alpha, gamma=gamma)
         exact = call.logits.double().requires_grad_()
-        target = one_hot(call.target_class, 5, exact.dtype)
-        expected = torchvision.ops.sigmoid_focal_loss(exact, target, alpha, gamma).sum((1, 2, 3))
+        target = one_hot(call.target_class.clamp(min=BACKGROUND), 5, exact.dtype)
+        expected = torchvision.ops.sigmoid_focal_loss(exact, target, alpha, gamma)
+        expected = (expected * (call.target_class != IGNORED)[..., None]).sum((1, 2, 3))
         gradients = torch.autograd.grad(expected, exact, call.grad_output.double())
         loss, gradient = call.run(impl)
         torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-6)
@@ -142,6 +144,7 @@ class TestBothImplementations:
 
     def test_nan_affects_only_its_layer_and_its_gradient(self, kernel_device, impl):
         call = random_call(kernel_device, (3, 2, 5, 4))
+        call.target_class[1, 0, 2] = 1
         expected = call.run(impl)
         call.logits[1, 0, 2, 3] = NAN
         loss, gradient = call.run(impl)
@@ -149,7 +152,7 @@ class TestBothImplementations:
         assert gradient.isnan().nonzero().tolist() == [[1, 0, 2, 3]]
         torch.testing.assert_close(loss[::2], expected[0][::2])
 
-    @pytest.mark.parametrize("missing", [5, 2**32, 2**63 - 1, -2, -(2**63)])
+    @pytest.mark.parametrize("missing", [5, 2**32, 2**63 - 1, -3, IGNORED - 2**32, -(2**63)])
     def test_classes_that_do_not_exist_are_background(self, kernel_device, impl, missing):
         call = random_call(kernel_device, (2, 1, 4, 5))
         targets = [call.target_class.masked_fill(call.target_class < 2, x) for x in (-1, missing)]
@@ -157,6 +160,25 @@ class TestBothImplementations:
             *(replace(call, target_class=x).run(impl) for x in targets), strict=True
         ):
             assert torch.equal(mine, expected)
+
+    @pytest.mark.parametrize("classes", [1, 3, 8, 91])
+    @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_ignored_queries_have_no_loss(self, kernel_device, impl, classes, gamma, dtype):
+        """Whatever their logits are."""
+        shape = (2, 1, 24, classes)
+        call = random_call(kernel_device, shape, dtype=dtype, gamma=gamma)
+        ignored = torch.rand(shape[:3], device=kernel_device) < 0.5
+        call.target_class.masked_fill_(ignored, IGNORED)
+        logits = call.logits.masked_fill(ignored[..., None], -INF)
+        as_background = torch.where(ignored, BACKGROUND, call.target_class)
+        expected = replace(call, logits=logits, target_class=as_background).run(impl)
+        for value in (1.0, 1e6, INF, -INF, NAN):
+            logits = call.logits.masked_fill(ignored[..., None], value)
+            loss, gradient = replace(call, logits=logits).run(impl)
+            assert not gradient[ignored].any()
+            assert torch.equal(loss, expected[0])
+            assert torch.equal(gradient, expected[1])
 
     @pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 3, 0, 1)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -22,6 +22,7 @@ def pair_cost(
     cost_class: float,
     cost_bbox: float,
     cost_giou: float,
+    giou_eps: float = 0.0,
 ) -> float:
     """2 (focal) + 5 L1 - 2 GIoU of one prediction and one target."""
     p = 1 / (1 + math.exp(-logit))
@@ -35,7 +36,7 @@ def pair_cost(
         inside *= max(min(high_a, high_b) - max(low_a, low_b), 0.0)
         hull *= max(high_a, high_b) - min(low_a, low_b)
     union = box[2] * box[3] + target[2] * target[3] - inside
-    giou = inside / union - (hull - union) / hull
+    giou = inside / (union + giou_eps) - (hull - union) / (hull + giou_eps)
     return cost_class * (positive - negative) + cost_bbox * l1 - cost_giou * giou
 
 
@@ -60,7 +61,15 @@ def in_slots(cost: Tensor, scene: Scene) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"cost_class": 0.0}, {"cost_bbox": 0.0}, {"cost_giou": 0.0}, {"cost_class": 7.0}]
+    "change",
+    [
+        {},
+        {"cost_class": 0.0},
+        {"cost_bbox": 0.0},
+        {"cost_giou": 0.0},
+        {"cost_class": 7.0},
+        {"giou_eps": 0.1},
+    ],
 )
 def test_equals_the_formula(change):
     scene = random_scene((3, 0, 4), queries=7, dtype=torch.float64)
