@@ -120,7 +120,7 @@ class ProposalQueries(QuerySelection):
         return Queries(content, query_pos, selected.reference, sets, selected.branches)
 
     def code(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """Position code and content [B, Q, C] of boxes [B, Q, 4], for `query_position='initial'`."""
+        """Position code and content [B, Q, C] of boxes [B, Q, 4] (`query_position='initial'`)."""
         assert self.pos_trans is not None
         assert self.pos_trans_norm is not None
         code = box_position_code(boxes, self.enc_output.out_features // 2)
