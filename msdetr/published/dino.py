@@ -113,8 +113,6 @@ def recipe(values: argparse.Namespace, batch_size: int) -> Recipe:
             cost_bbox=values.set_cost_bbox,
             cost_giou=values.set_cost_giou,
             giou_eps=GIOU_EPS,
-            encoder_match="predictions",
-            encoder_cost_class=values.set_cost_class,
         ),
         loss=_loss_config(values),
         data=_data_config(values),
