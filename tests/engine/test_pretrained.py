@@ -132,7 +132,12 @@ def test_files_that_hold_no_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_config", "group_heads"), [(TINY_MODEL, 0), (EXTRA_QUERIES["group"], 2)]
+    ("model_config", "group_heads"),
+    [
+        (TINY_MODEL, 0),
+        (EXTRA_QUERIES["group"], 2),
+        (dataclasses.replace(TINY_MODEL, denoising="contrastive"), 0),
+    ],
 )
 def test_other_classes_start_fresh(
     tmp_path: Path,
@@ -150,7 +155,10 @@ def test_other_classes_start_fresh(
     num_heads = TINY_MODEL.num_decoder_layers + 1
     heads = [f"class_embed.{i}" for i in range(num_heads)]
     heads += [f"group_class_embed.{i}" for i in range(group_heads)]
-    assert set(fresh) == {f"heads.{head}.{kind}" for head in heads for kind in ("weight", "bias")}
+    expected_fresh = {f"heads.{head}.{kind}" for head in heads for kind in ("weight", "bias")}
+    if model_config.denoising != "none":
+        expected_fresh.add("denoising.label_embed.weight")
+    assert set(fresh) == expected_fresh
     assert len(fresh) == len(set(fresh))
     assert "has 4 classes, this run 7" in caplog.text
     assert all(name in caplog.text for name in fresh)
