@@ -46,6 +46,7 @@ INVOCATION = "state of one invocation, not of the recipe"
 LOGGING = "what is logged or stored does not change what is learned"
 SWIN = "belongs to the Swin backbones, which are refused"
 ONE_STAGE = "belongs to two_stage_type no, which is refused"
+PROCESSES = "how processes find each other does not change what is learned"
 OTHER_MODEL = "belongs to another model, which is refused"
 
 IGNORED_FLAGS = {
@@ -72,6 +73,9 @@ IGNORED_FLAGS = {
     "finetune_ignore": "everything but class heads must fit here; a warning says so",
     "backbone_freeze_keywords": SWIN,
     "batch_norm_type": UNREAD,
+    "dist_url": PROCESSES,
+    "rank": PROCESSES,
+    "local_rank": PROCESSES,
 }
 """Published flags without a counterpart, and why that loses nothing."""
 
@@ -279,6 +283,7 @@ OTHER_VALUES = {
     "data_aug_scales2_crop": [200, 300],
     "data_aug_scale_overlap": 1.5,
     "dec_layer_number": [900] * 6,
+    "local_rank": 1,
     "dn_scalar": 100,
     "dn_label_coef": 1.0,
     "dn_bbox_coef": 1.0,
@@ -684,7 +689,8 @@ def test_implementation_is_told_by_its_own_flags(attribute, expected):
 @pytest.mark.parametrize("implementation", PUBLISHED_FLAGS)
 def test_implementation_is_told_by_all_stored_arguments(implementation):
     flags = PUBLISHED_FLAGS[implementation]
-    stored = Namespace(**{name: flag.default for name, flag in flags.items()}, local_rank=0)
+    values = {name: flag.default for name, flag in flags.items()}
+    stored = Namespace(**values | {"local_rank": 0, "override_resumed_lr_drop": True})
     assert infer_implementation(stored) == implementation
 
 

@@ -52,7 +52,8 @@ def golden_namespace(case: dict) -> Namespace:
         name = flag.removeprefix("--")
         values[name] = True if flags[name].type is bool else flags[name].type(next(given))
     world_size = PUBLISHED_NUM_PROCESSES[case["implementation"]]
-    return Namespace(**values | case["overrides"], world_size=world_size, rank=0, gpu=0)
+    added = {"world_size": world_size, "rank": 0, "gpu": 0}
+    return Namespace(**values | case["overrides"] | added)
 
 
 def published_state(case: dict, *, full_size: bool = False) -> dict[str, torch.Tensor]:
