@@ -6,8 +6,6 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-
 from msdetr.annotations.labels import COCO_CATEGORIES, COCO_NUM_CLASSES, LabelMap
 from msdetr.config import RunConfig
 from msdetr.engine.checkpoint import load_checkpoint
@@ -89,8 +87,8 @@ def load_detector(path: Path) -> LoadedDetector:
 def start_from_weights(model: Detector, path: Path, config: RunConfig) -> list[str]:
     """Load the weights of a file into a new model.
 
-    Class heads, and the label embedding of denoising, keep their initialisation where they have
-    another number of classes, with a warning. All other weights must fit.
+    Class heads and label embeddings for another number of classes keep their initialisation, with a
+    warning. All other weights must fit.
 
     Returns:
         The names of the parameters that keep their initialisation.
@@ -111,7 +109,7 @@ def start_from_weights(model: Detector, path: Path, config: RunConfig) -> list[s
         logger.warning(
             "%s has %d classes, this run %s: these keep their random initialisation: %s",
             path,
-            len(state_dict[fresh[-1]]),
+            len(state_dict[fresh[0]]),
             config.model.num_classes,
             ", ".join(fresh),
         )
@@ -120,11 +118,14 @@ def start_from_weights(model: Detector, path: Path, config: RunConfig) -> list[s
 
 
 def _names_with_classes(model: Detector) -> list[str]:
-    """Parameters with a row per class."""
+    """Parameters with a row per class, those of class heads first."""
     heads = model.heads
-    modules: list[nn.Module | None] = [
-        *(heads.class_embed, heads.group_class_embed, heads.one_to_many_class_embed),
-        None if model.denoising is None else model.denoising.label_embed,
-    ]
+    modules = (
+        heads.class_embed,
+        heads.group_class_embed,
+        heads.one_to_many_class_embed,
+        model.denoising,
+    )
     found = {id(p) for module in modules if module is not None for p in module.parameters()}
-    return [name for name, parameter in model.named_parameters() if id(parameter) in found]
+    names = [name for name, parameter in model.named_parameters() if id(parameter) in found]
+    return sorted(names, key=lambda name: not name.startswith("heads."))
