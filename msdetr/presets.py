@@ -71,6 +71,81 @@ def _with_groups(recipe: RunConfig) -> RunConfig:
     return replace(recipe, model=model)
 
 
+def _with_denoising(recipe: RunConfig) -> RunConfig:
+    """DN-DETR's queries, in its numbers."""
+    return replace(
+        recipe,
+        model=replace(recipe.model, denoising="dn", denoising_groups=5, denoising_label_noise=0.2),
+    )
+
+
+def _with_contrastive_denoising(recipe: RunConfig) -> RunConfig:
+    """DINO's queries, whose numbers are the defaults."""
+    return replace(recipe, model=replace(recipe.model, denoising="contrastive"))
+
+
+_DINO = _with_contrastive_denoising(
+    RunConfig(
+        model=ModelConfig(
+            dropout=0.0,
+            num_queries=900,
+            query_position="box",
+            position_temperature=20.0,
+            position_offset=1.0,
+            decoder_order="self_cross",
+            one_to_many="none",
+            one_to_many_ffn=False,
+            proposal_score="best_class",
+            mixed_selection=True,
+            look_forward_twice=True,
+            head_sharing="decoder",
+            decoder_norm=True,
+            logit_eps=1e-3,
+        ),
+        assignment=AssignmentConfig(giou_eps=1e-6),
+        loss=LossConfig(encoder_class_weight=1.0, giou_eps=1e-6),
+        optimizer=OptimizerConfig(lr=1e-4, backbone_lr=1e-5, reference_lr_factor=1.0),
+        eval=EvalConfig(max_detections=300),
+    )
+)
+
+_DN = _with_denoising(
+    RunConfig(
+        model=ModelConfig(
+            dropout=0.0,
+            query_position="box_content",
+            decoder_order="self_cross",
+            one_to_many="none",
+            one_to_many_ffn=False,
+            two_stage=False,
+            logit_eps=1e-3,
+        ),
+        assignment=AssignmentConfig(giou_eps=1e-6),
+        loss=LossConfig(giou_eps=1e-6),
+        optimizer=OptimizerConfig(
+            lr=1e-4, backbone_lr=1e-5, reference_lr_factor=1.0, lr_drop_epoch=40
+        ),
+        train=TrainConfig(epochs=50),
+    )
+)
+
+_DETA = RunConfig(
+    model=ModelConfig(
+        num_levels=5,
+        dropout=0.0,
+        num_queries=900,
+        decoder_order="self_cross",
+        one_to_many="none",
+        one_to_many_ffn=False,
+        proposal_nms_iou_threshold=0.9,
+        proposal_content=True,
+    ),
+    assignment=AssignmentConfig(decoder_match="iou", encoder_match="iou"),
+    loss=LossConfig(encoder_class_weight=1.0),
+    optimizer=OptimizerConfig(lr_drop_epoch=10),
+    eval=EvalConfig(nms_iou_threshold=0.7),
+)
+
 _TINY = RunConfig(
     model=ModelConfig(
         backbone="convnet",
@@ -172,6 +247,29 @@ PRESETS: dict[str, Preset] = {
     "ms-group-deformable-detr-r50": Preset(
         description="MS-DETR on Deformable-DETR++ in each of 11 groups in training, 12 epochs",
         config=_with_groups(_MS_DETR_PP),
+    ),
+    "dn-deformable-detr-r50": Preset(
+        description="DN-DETR on DAB-Deformable-DETR, ResNet-50, one stage, 50 epochs",
+        config=_DN,
+        published_map=49.5,
+    ),
+    "dino-r50-4scale": Preset(
+        description="DINO, ResNet-50, 4 levels, 900 queries, contrastive denoising, 12 epochs",
+        config=_DINO,
+        published_map=49.0,
+    ),
+    "deta-r50": Preset(
+        description="DETA, ResNet-50, 5 levels, 900 queries, assignment by IoU and NMS, 12 epochs",
+        config=_DETA,
+        published_map=50.1,
+    ),
+    "ms-dn-deformable-detr-r50": Preset(
+        description="MS-DETR on Deformable-DETR++ and DN-DETR's denoising, 12 epochs",
+        config=_with_denoising(_MS_DETR_PP),
+    ),
+    "ms-cdn-deformable-detr-r50": Preset(
+        description="MS-DETR on Deformable-DETR++ and DINO's contrastive denoising, 12 epochs",
+        config=_with_contrastive_denoising(_MS_DETR_PP),
     ),
     "tiny": Preset(
         description="a small MS-DETR for 128-pixel images, trains on a CPU in minutes",

@@ -65,6 +65,15 @@ class Targets(NamedTuple):
         return Targets(*(x[:, None].expand(-1, times, *x.shape[1:]).flatten(0, 1) for x in self))
 
 
+class TargetCount(NamedTuple):
+    """Number of targets of a step, over all its micro-batches."""
+
+    mean: Tensor
+    """0-dim, mean over the processes."""
+    local: Tensor
+    """0-dim, of this process."""
+
+
 class Batch(NamedTuple):
     """One step's input."""
 

@@ -20,7 +20,7 @@ from benchmarks.detector.cases import Case, Dtype
 from msdetr.engine.device import autocast
 from msdetr.evaluation.postprocess import postprocess
 from msdetr.model.detector import build_detector
-from msdetr.structures import ImageBatch, Targets
+from msdetr.structures import ImageBatch, TargetCount, Targets
 from msdetr.supervision.criterion import Criterion
 
 DEVICE = torch.device("cuda", 0)
@@ -84,7 +84,7 @@ def test_detector_and_criterion(preset: str, dtype: Dtype) -> None:
             losses = criterion(
                 output,
                 targets,
-                num_targets=torch.ones((), device=DEVICE),
+                num_targets=TargetCount(*torch.ones(2, device=DEVICE)),
                 priority=criterion.draw_priority(output),
             )
         detector.eval()

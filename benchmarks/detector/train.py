@@ -55,7 +55,7 @@ from msdetr.model.attention import MSDeformAttn
 from msdetr.model.checkpoint_adapter import load_state, published_to_ours
 from msdetr.model.detector import Detector, build_detector
 from msdetr.ops.dispatch import Impl
-from msdetr.structures import Batch
+from msdetr.structures import Batch, TargetCount
 
 PHASES = ("forward", "criterion", "backward", "forward_backward", "optimizer")
 """Parts of a step. `forward` is everything before the criterion; `optimizer` is clipping and the
@@ -202,7 +202,9 @@ class OurStep(TrainStep):
     def _losses(self) -> dict[str, float]:
         trainer, (batch,) = self.trainer, self._input.device
         with without_dropout(self.model), explain_compile_errors():
-            total, terms = trainer.forward_backward(batch, batch.targets.count.sum())
+            total, terms = trainer.forward_backward(
+                batch, TargetCount(*[batch.targets.count.sum()] * 2)
+            )
         trainer.optimizer.zero_grad(set_to_none=trainer.graphs is None)
         return _as_floats({"total": total, **by_published_name(terms)})
 

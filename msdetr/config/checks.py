@@ -34,7 +34,7 @@ def require_fraction(config: Any, name: str) -> None:
 
 def _has_type(value: Any, hint: Any) -> bool:
     arguments = typing.get_args(hint)
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return any(_has_type(value, option) for option in arguments)
     if typing.get_origin(hint) is Literal:
         return isinstance(value, str) and value in arguments

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from msdetr.engine.distributed import Worker
-from msdetr.structures import Batch, ImageBatch, Targets
+from msdetr.structures import Batch, ImageBatch, TargetCount, Targets
 from msdetr.supervision.criterion import LossOutput
 
 T = TypeVar("T")
@@ -72,7 +72,7 @@ class StepGraphs:
 
     def __init__(
         self,
-        forward_backward: Callable[[Batch, Tensor], LossOutput],
+        forward_backward: Callable[[Batch, TargetCount], LossOutput],
         update: Callable[[], Tensor],
         parameters: Sequence[nn.Parameter],
         worker: Worker,
@@ -100,9 +100,9 @@ class StepGraphs:
         self._updates = 0
         self._captured_update: tuple[Replay, Tensor] | None = None
 
-    def forward_backward(self, batch: Batch, num_targets: Tensor) -> LossOutput:
+    def forward_backward(self, batch: Batch, num_targets: TargetCount) -> LossOutput:
         """Replay the function of the same name."""
-        values = [*batch.images, *batch.targets, num_targets]
+        values = [*batch.images, *batch.targets, *num_targets]
         key = tuple(value.shape for value in values)
         if key not in self._micro_batches:
             self._micro_batches[key] = self._capture_micro_batch(batch, values)
@@ -135,7 +135,7 @@ class StepGraphs:
         )
 
         def run() -> LossOutput:
-            return self._forward_backward(own, inputs[5])
+            return self._forward_backward(own, TargetCount(*inputs[5:]))
 
         # The first calls compile code, allocate memory and choose algorithms, which a capture does
         # not allow. They must change neither the gradients nor the random numbers that follow.

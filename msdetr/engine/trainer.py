@@ -37,7 +37,7 @@ from msdetr.engine.warm_up import warm_up_batches
 from msdetr.evaluation.coco_eval import CocoEvaluator
 from msdetr.evaluation.coco_metrics import CocoResult
 from msdetr.model.detector import Detector
-from msdetr.structures import Batch
+from msdetr.structures import Batch, TargetCount
 from msdetr.supervision.criterion import Criterion, LossOutput, add_losses
 from msdetr.weights import save_weights
 
@@ -177,7 +177,7 @@ class Trainer:
         sizes = set()
         for batch in warm_up_batches(self.config, self.train_data, self.worker):
             one = torch.ones((), device=self.worker.device)
-            self._run_micro_batch(to_device(batch, self.worker.device), one)
+            self._run_micro_batch(to_device(batch, self.worker.device), TargetCount(one, one))
             self.optimizer.zero_grad(set_to_none=self.graphs is None)
             sizes.add(batch.images.pixels.shape)
         if sizes:
@@ -200,7 +200,7 @@ class Trainer:
     def train_step(self, step_input: StepInput) -> None:
         """One optimizer step on this rank's micro-batches. Reads nothing back from a GPU."""
         micro_batches = step_input.host
-        num_targets = self._mean_num_targets(micro_batches)
+        num_targets = self._count_targets(micro_batches)
         seed_step(self.config.seed, self.step, self.worker.rank, self.generator)
         set_learning_rate(self.optimizer, self._learning_rate_factor(self.step))
         if self.ema is not None:
@@ -219,14 +219,12 @@ class Trainer:
         if self.worker.device.type == "cpu":
             self.finite.verify()  # Costs nothing here.
 
-    def forward_backward(self, batch: Batch, num_targets: Tensor) -> LossOutput:
-        """Add the gradients of a micro-batch on the device to those of the step.
-
-        `num_targets` (0-dim) is the mean over ranks of the targets of all micro-batches.
-        """
+    def forward_backward(self, batch: Batch, num_targets: TargetCount) -> LossOutput:
+        """Add the gradients of a micro-batch on the device to those of the step."""
         device = self.worker.device
+        noise = self.model.draw_noise(batch.targets, self.generator)
         with autocast(device, self.config.train.precision):
-            output = self.distributed_model(batch.images)
+            output = self.distributed_model(batch.images, batch.targets, noise)
         priority = self.criterion.draw_priority(output, self.generator)
         losses: LossOutput = self.criterion(
             output, batch.targets, num_targets=num_targets, priority=priority
@@ -315,21 +313,21 @@ class Trainer:
             self.meter.add_wait(time.perf_counter() - started)
             yield micro_batches
 
-    def _run_micro_batch(self, batch: Batch, num_targets: Tensor) -> LossOutput:
+    def _run_micro_batch(self, batch: Batch, num_targets: TargetCount) -> LossOutput:
         with explain_compile_errors():
             if self.graphs is not None:
                 return self.graphs.forward_backward(batch, num_targets)
             return self.forward_backward(batch, num_targets)
 
-    def _mean_num_targets(self, micro_batches: Sequence[Batch]) -> Tensor:
-        """Targets of the step, averaged over ranks; 0-dim, on the device.
+    def _count_targets(self, micro_batches: Sequence[Batch]) -> TargetCount:
+        """Targets of the step, on the device.
 
         Counted on the host, before the first backward pass needs the sum over all micro-batches.
         """
         count = sum(int(batch.targets.count.sum()) for batch in micro_batches)
         # `full` fills on the device. A copy from the host would wait for the device.
-        on_device = torch.full((), float(count), device=self.worker.device)
-        return MeanOverRanks(on_device, self.worker).wait()
+        local = torch.full((), float(count), device=self.worker.device)
+        return TargetCount(MeanOverRanks(local, self.worker).wait(), local)
 
     def _report(self) -> None:
         self.finite.verify()

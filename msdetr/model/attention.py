@@ -122,13 +122,13 @@ class SelfAttention(nn.Module):
         attended = []
         for query_set, part in zip(sets.sets, parts, strict=True):
             if query_set.sees_primary:
-                own, *keys = part
-                keys = [torch.cat(pair, dim=1) for pair in zip(keys, infers, strict=True)]
+                own, *rest = part
+                keys = [torch.cat(pair, dim=1) for pair in zip(rest, infers, strict=True)]
                 visible = visible_queries(query_set, sets.primary.group_size, x.device)
-                attended.append(self._attend(own, *keys, visible))
+                attended.append(self._attend(own, keys[0], keys[1], visible))
             else:
-                groups = [split_groups(field, query_set.num_groups, dim=1) for field in part]
-                attended.append(self._attend(*groups).view(len(x), -1, channels))
+                group = [split_groups(field, query_set.num_groups, dim=1) for field in part]
+                attended.append(self._attend(*group).view(len(x), -1, channels))
         output: Tensor = self.out_proj(
             attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
         )

@@ -6,7 +6,7 @@
   positives, and after them negatives, whose boxes are shifted further and which are to be rejected.
 
 The set has the shape of the padded targets: a group has one slot per target slot, and the number of
-groups follows from the number of slots. A batch's shapes are those of its target bucket, and nothing
+groups follows from the number of slots. So the shapes are those of the target bucket, and nothing
 is read from the device. Empty slots have content 0 and the box (0.5, 0.5, 0.5, 0.5).
 """
 

@@ -82,9 +82,7 @@ class DetectionHeads(nn.Module):
         """Heads of the encoder's proposals for a group of queries."""
         if group > 0:
             return EncoderHeads(self.group_class_embed[group - 1], self.group_bbox_embed[group - 1])
-        return EncoderHeads(
-            self.class_embed[self.encoder_head], self.bbox_embed[self.encoder_head]
-        )
+        return EncoderHeads(self.class_embed[self.encoder_head], self.bbox_embed[self.encoder_head])
 
     def of_layer(self, layer: int) -> LayerHeads:
         """Heads of a decoder layer. Branches share the class head unless they have their own."""

@@ -61,7 +61,6 @@ class ProposalQueries(QuerySelection):
         hidden_dim = config.hidden_dim
         self.by_best_class = config.proposal_score == "best_class"
         self.nms_iou_threshold = config.proposal_nms_iou_threshold
-        self.reference_points = None
         self.enc_output = nn.Linear(hidden_dim, hidden_dim)
         self.enc_output_norm = nn.LayerNorm(hidden_dim)
         nn.init.xavier_uniform_(self.enc_output.weight)
@@ -116,12 +115,14 @@ class ProposalQueries(QuerySelection):
         if self.query_embed is not None:
             content = self.weight_of(self.query_embed).expand(len(tokens), -1, -1)
         assert content is not None  # `ModelConfig` refuses the combination
-        if self.pix_trans is not None:
+        if self.pix_trans is not None and self.pix_trans_norm is not None:
             content = content + self.pix_trans_norm(self.pix_trans(selected.tokens.detach()))
         return Queries(content, query_pos, selected.reference, sets, selected.branches)
 
     def code(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """Position code and content [B, Q, C] of boxes [B, Q, 4], with `query_position='initial'`."""
+        """Position code and content [B, Q, C] of boxes [B, Q, 4] (`query_position='initial'`)."""
+        assert self.pos_trans is not None
+        assert self.pos_trans_norm is not None
         code = box_position_code(boxes, self.enc_output.out_features // 2)
         embedding = self.pos_trans_norm(self.pos_trans(code.to(self.pos_trans.weight.dtype)))
         query_pos, content = embedding.chunk(2, dim=-1)

@@ -42,6 +42,8 @@ class QuerySelection(nn.Module):
             query_sets(config, training=training) for training in (True, False)
         )
         self.num_embeddings = self._training_sets.num_queries
+        self.reference_points: nn.Linear | None = None
+        """From position codes to points, where these are learned."""
 
     @property
     def sets(self) -> QuerySets:
@@ -61,11 +63,8 @@ class AnchorQueries(QuerySelection):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.reference_points = None
         self.has_indicator = config.denoising == "dn"
-        self.query_embed = nn.Embedding(
-            self.num_embeddings, config.hidden_dim - self.has_indicator
-        )
+        self.query_embed = nn.Embedding(self.num_embeddings, config.hidden_dim - self.has_indicator)
         self.anchors = nn.Embedding(self.num_embeddings, 4)
         """Logits of the boxes (cxcywh)."""
 
@@ -86,13 +85,15 @@ class EmbeddedQueries(QuerySelection):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.query_embed = nn.Embedding(self.num_embeddings, config.hidden_dim * 2)
-        self.reference_points = nn.Linear(config.hidden_dim, 2)
-        nn.init.xavier_uniform_(self.reference_points.weight)
-        nn.init.zeros_(self.reference_points.bias)
+        linear = nn.Linear(config.hidden_dim, 2)
+        nn.init.xavier_uniform_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        self.reference_points = linear
 
     def forward(self, memory: FeaturePyramid, heads: DetectionHeads) -> Queries:
         """The same queries for every image of `memory`."""
         query_pos, content = self.weight_of(self.query_embed).chunk(2, dim=-1)
+        assert self.reference_points is not None
         reference = at_least_float32(self.reference_points(query_pos)).sigmoid()
         batch = memory.tokens.shape[0]
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from msdetr.config import ModelConfig
-from msdetr.structures import split_groups
 
 
 class QuerySet(NamedTuple):

@@ -15,6 +15,7 @@ from msdetr.structures import (
     Branch,
     DetectorOutput,
     Predictions,
+    TargetCount,
     Targets,
     split_groups,
 )
@@ -91,8 +92,7 @@ class Criterion(nn.Module):
         output: DetectorOutput,
         targets: Targets,
         *,
-        num_targets: Tensor | None = None,
-        num_local_targets: Tensor | None = None,
+        num_targets: TargetCount | None = None,
         priority: Mapping[str, Tensor] | None = None,
         generator: torch.Generator | None = None,
     ) -> LossOutput:
@@ -101,10 +101,9 @@ class Criterion(nn.Module):
         Args:
             output: of a detector in training mode.
             targets: T slots per image; images and whole batches without targets run the same graph.
-            num_targets: 0-dim, mean number of targets per rank (default: of this batch). Losses
-                are divided by it, times the repetitions of a target, and at least by 1.
-            num_local_targets: 0-dim, the number of this rank (default: of this batch), for the
-                objectives that say so.
+            num_targets: of the step (default: of this batch). Losses are divided by their mean over
+                the ranks, or by those of this rank where the objective says so, times the
+                repetitions of a target, and at least by 1.
             priority: by branch, [N, B, Q] or [B, Q] with the queries of all groups, which
                 positives are kept (default: random).
             generator: source of random priorities.
@@ -112,11 +111,10 @@ class Criterion(nn.Module):
         Raises:
             ValueError: the output has a branch that no objective supervises.
         """
+        if num_targets is None:
+            num_targets = TargetCount(*[targets.count.sum()] * 2)
         dtype = torch.promote_types(output.one_to_one.boxes.dtype, torch.float)
-        mean_count, local_count = (
-            (targets.count.sum() if count is None else count).to(dtype)
-            for count in (num_targets, num_local_targets)
-        )
+        num_targets = TargetCount(*(count.to(dtype) for count in num_targets))
         if priority is None:
             priority = self.draw_priority(output, generator)
         supervised = self._supervised(output, targets)
@@ -127,7 +125,7 @@ class Criterion(nn.Module):
             inputs = loss_inputs(
                 branch.predictions, branch_targets, assignment, self.loss, impl=self.impl
             )
-            count = local_count if objective.per_process else mean_count
+            count = num_targets.local if objective.per_process else num_targets.mean
             repeated = objective.targets_repeated * (1 if objective.sum_groups else num_groups)
             normalizer = (count * repeated).clamp(min=1.0)
             for term, weight in objective.weights.items():

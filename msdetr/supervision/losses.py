@@ -75,7 +75,9 @@ def bbox_loss(inputs: LossInputs) -> Tensor:
 
 def giou_loss(inputs: LossInputs) -> Tensor:
     """[N] 1 - GIoU of the assigned boxes (Rezatofighi et al., arXiv:1902.09630)."""
-    giou = generalized_box_iou(cxcywh_to_xyxy(inputs.boxes), cxcywh_to_xyxy(inputs.target_boxes))
+    giou = generalized_box_iou(
+        cxcywh_to_xyxy(inputs.boxes), cxcywh_to_xyxy(inputs.target_boxes), inputs.config.giou_eps
+    )
     return inputs.sum_over_pairs(1.0 - giou)
 
 

@@ -86,6 +86,7 @@ class Hungarian:
             cost_class=self.cost_class,
             cost_bbox=self.cost_bbox,
             cost_giou=self.cost_giou,
+            giou_eps=self.giou_eps,
             class_agnostic=self.class_agnostic,
             impl=context.impl,
         )

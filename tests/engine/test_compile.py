@@ -31,7 +31,7 @@ from msdetr.engine.prefetch import StepInput
 from msdetr.engine.run import build_trainer
 from msdetr.engine.trainer import Trainer
 from msdetr.model.detector import Detector, build_detector
-from msdetr.structures import ImageBatch, Targets
+from msdetr.structures import ImageBatch, TargetCount, Targets
 from msdetr.supervision.criterion import Criterion
 
 
@@ -92,7 +92,7 @@ def run(
         output,
         targets,
         priority={"one_to_many": torch.zeros(queries, device=device)},
-        num_targets=targets.count.sum(),
+        num_targets=TargetCount(targets.count.sum(), targets.count.sum()),
     )
     losses.total.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

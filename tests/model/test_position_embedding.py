@@ -11,7 +11,7 @@ from model.helpers import crop_tokens
 from msdetr.model.position_embedding import (
     LearnedPositionEmbedding,
     SinePositionEmbedding,
-    proposal_position_code,
+    box_position_code,
     sine_code,
 )
 
@@ -88,7 +88,7 @@ def test_stretching_is_linear():
 
 def test_proposal_code():
     boxes = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
-    code = proposal_position_code(boxes, 6)
+    code = box_position_code(boxes, 6)
     expected = [sine_code(side * 2 * math.pi, 6) for side in boxes[0]]
     torch.testing.assert_close(code[0], torch.cat(expected))
 

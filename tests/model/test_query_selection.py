@@ -8,7 +8,8 @@ from model.helpers import crop_tokens, cropped, random_pyramid, randomize, tiny_
 from torch import Tensor
 
 from msdetr.model.heads import DetectionHeads
-from msdetr.model.query_selection import EmbeddedQueries, ProposalQueries, proposal_anchors
+from msdetr.model.proposal_queries import ProposalQueries, proposal_anchors
+from msdetr.model.query_selection import EmbeddedQueries
 from msdetr.ops.ms_deform_attn import padding_mask
 
 SHAPES = ((4, 6), (2, 3))

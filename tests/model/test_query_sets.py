@@ -13,7 +13,7 @@ from model.helpers import image_batch, random_pyramid, randomize, tiny_config
 from msdetr.config import ModelConfig
 from msdetr.model.detector import Detector
 from msdetr.model.heads import DetectionHeads
-from msdetr.model.query_selection import ProposalQueries
+from msdetr.model.proposal_queries import ProposalQueries
 from msdetr.structures import Branch, DetectorOutput, Predictions
 
 QUERIES, HYBRID_QUERIES, GROUPS, LAYERS = 4, 6, 3, 2

@@ -19,8 +19,8 @@ from msdetr.model.decoder import DecoderLayer
 from msdetr.model.geometry import level_valid_ratios
 from msdetr.model.heads import DetectionHeads
 from msdetr.model.layers import MLP
-from msdetr.model.position_embedding import proposal_position_code
-from msdetr.model.query_selection import ProposalQueries
+from msdetr.model.position_embedding import box_position_code
+from msdetr.model.proposal_queries import ProposalQueries
 from msdetr.model.query_sets import query_sets
 from msdetr.structures import Branch, DetectorOutput, FeaturePyramid, Predictions, Targets
 from msdetr.supervision.criterion import Criterion, LossOutput
@@ -236,7 +236,7 @@ class LWDETR(nn.Module):
         for layer in self.layers:
             boxes = start.sigmoid()
             scaled = boxes * ratios[:, :1].repeat(1, 1, 2)
-            code = proposal_position_code(scaled[..., [1, 0, 2, 3]], x.shape[-1] // 2)
+            code = box_position_code(scaled[..., [1, 0, 2, 3]], x.shape[-1] // 2)
             x = layer(x, self.ref_point_head(code), boxes, ratios, memory, queries.sets).x
             state = self.norm(x)
             predicted = (self.bbox_embed(state) + loss_start).sigmoid()

@@ -11,7 +11,7 @@ from scenes import padded_targets, random_boxes, random_scene
 from torch import Tensor
 
 from msdetr.config import AssignmentConfig, LossConfig
-from msdetr.structures import Branch, DetectorOutput, Predictions, Targets
+from msdetr.structures import Branch, DetectorOutput, Predictions, TargetCount, Targets
 from msdetr.supervision.criterion import Criterion, LossOutput
 from msdetr.supervision.objectives import build_objectives
 
@@ -47,6 +47,16 @@ def random_output(
     for leaf in leaves(output):
         leaf.requires_grad_()
     return output, scene.targets
+
+
+def with_denoising(output: DetectorOutput, targets: Targets) -> DetectorOutput:
+    """The output with a branch of two groups of denoising queries, one per target slot."""
+    batch, slots = targets.labels.shape
+    predictions = Predictions(
+        torch.randn(LAYERS, batch, 2 * slots, CLASSES, requires_grad=True),
+        random_boxes(LAYERS, batch, 2 * slots).requires_grad_(),
+    )
+    return DetectorOutput(output.branches | {"denoising": Branch(predictions, num_groups=2)})
 
 
 def leaves(output: DetectorOutput) -> list[Tensor]:
@@ -125,11 +135,12 @@ def weight_name(branch: str, term: str) -> str:
 def test_total_is_the_weighted_sum():
     weights = {
         weight_name(branch, term): torch.rand(()).item()
-        for branch in BRANCHES
+        for branch in (*BRANCHES, "denoising")
         for term in ("class", "bbox", "giou")
     }
     assert weights.keys() == {f.name for f in fields(LossConfig) if f.name.endswith("_weight")}
     output, targets = random_output(dtype=torch.float64)
+    output = with_denoising(output, targets)
     losses = losses_of(output, targets, loss=LossConfig(**weights))
     expected = sum(
         weights[weight_name(*name.split("/"))] * values.sum().item()
@@ -138,16 +149,17 @@ def test_total_is_the_weighted_sum():
     assert losses.total.item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("branch", BRANCHES)
+@pytest.mark.parametrize("branch", [*BRANCHES, "denoising"])
 @pytest.mark.parametrize("term", ["class", "bbox", "giou"])
 def test_a_weight_belongs_to_one_branch_and_one_kind_of_prediction(branch, term):
     names = [field.name for field in fields(LossConfig) if field.name.endswith("_weight")]
     weights = dict.fromkeys(names, 0.0) | {weight_name(branch, term): 1.0}
     output, targets = random_output()
+    output = with_denoising(output, targets)
     losses = losses_of(output, targets, loss=LossConfig(**weights))
     assert torch.equal(losses.total, losses.terms[f"{branch}/{term}"].sum())
     losses.total.backward()
-    for name in BRANCHES:
+    for name in output.branches:
         predictions = output.branches[name].predictions
         assert predictions.logits.grad.any() == (name == branch and term == "class")
         assert predictions.boxes.grad.any() == (name == branch and term != "class")
@@ -204,11 +216,13 @@ def test_losses_are_divided_by_the_number_of_targets():
     default = losses_of(output, targets)
     assert targets.count.sum() == 8
     for number in (8, 2.5, 100):
-        losses = losses_of(output, targets, num_targets=torch.tensor(float(number)))
+        losses = losses_of(
+            output, targets, num_targets=TargetCount(*torch.full((2,), float(number)))
+        )
         torch.testing.assert_close(losses.total, default.total * 8 / number)
         for name, values in losses.terms.items():
             torch.testing.assert_close(values, default.terms[name] * 8 / number)
-    few = losses_of(output, targets, num_targets=torch.tensor(0.25))
+    few = losses_of(output, targets, num_targets=TargetCount(*torch.full((2,), 0.25)))
     for name, values in few.terms.items():
         divisor = 1.5 if name.startswith("hybrid") else 1.0  # 6 * 0.25, and at least 1
         total = default.terms[name] * 8 * (6 if name.startswith("hybrid") else 1)
@@ -344,8 +358,8 @@ def test_no_objectives_are_not_the_default_ones():
 
 def test_every_branch_needs_an_objective():
     output, targets = random_output()
-    extra = DetectorOutput({**output.branches, "denoising": output.branches["one_to_one"]})
-    with pytest.raises(ValueError, match="no objective supervises denoising"):
+    extra = DetectorOutput({**output.branches, "reversed": output.branches["one_to_one"]})
+    with pytest.raises(ValueError, match="no objective supervises reversed"):
         losses_of(extra, targets)
 
 

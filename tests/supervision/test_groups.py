@@ -13,7 +13,7 @@ from torch import Tensor
 
 from msdetr.config import AssignmentConfig, LossConfig, ModelConfig
 from msdetr.model.detector import Detector
-from msdetr.structures import Branch, DetectorOutput, Predictions, Targets
+from msdetr.structures import Branch, DetectorOutput, Predictions, TargetCount, Targets
 from msdetr.supervision.criterion import Criterion, LossOutput
 
 LAYERS, QUERIES, GROUPS, CLASSES = 2, 12, 3, 3
@@ -109,7 +109,8 @@ def test_the_number_of_targets_of_all_ranks_counts_once_per_group():
     criterion = Criterion(KEEP_ALL, AVERAGE)
     default = criterion(output, targets).total
     few, half = (
-        criterion(output, targets, num_targets=torch.tensor(number)).total for number in (0.1, 4.0)
+        criterion(output, targets, num_targets=TargetCount(*torch.full((2,), number))).total
+        for number in (0.1, 4.0)
     )
     torch.testing.assert_close(half, 2 * default)
     torch.testing.assert_close(few, 3 * 8 * default)  # 3 * 0.1, and at least 1
