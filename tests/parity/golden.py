@@ -150,10 +150,13 @@ def assert_relative(
     )
 
 
-def find_cases(folder: Path, prefixes: tuple[str, ...]) -> list[GoldenCase]:
-    return [
+def find_cases(
+    folder: Path, prefixes: tuple[str, ...], *, kind: str | None = None
+) -> list[GoldenCase]:
+    cases = [
         GoldenCase(path) for path in sorted(folder.glob("*.npz")) if path.stem.startswith(prefixes)
     ]
+    return [case for case in cases if kind is None or case.info["kind"] == kind]
 
 
 def golden_models() -> dict[str, dict[str, Any]]:

@@ -19,10 +19,7 @@ from msdetr.structures import Branch, DetectorOutput, FeaturePyramid, Prediction
 from msdetr.supervision.criterion import Criterion, LossOutput
 from parity.golden import GoldenCase, published_values, weight_by_rule
 
-# Both families have models besides functions.
-FUNCTIONS = pytest.mark.golden(
-    "dn_typical", "dn_empty", "dn_no", "cdn_typical", "cdn_few", "cdn_no"
-)
+FUNCTIONS = pytest.mark.golden("dn_", "cdn_", kind="function")
 TOLERANCE = 1e-9
 
 

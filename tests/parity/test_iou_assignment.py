@@ -13,7 +13,7 @@ from msdetr.supervision.criterion import Criterion
 from parity.golden import GoldenCase, published_pairs, published_values
 
 
-@pytest.mark.golden("deta_typical", "deta_duplicates", "deta_capped")
+@pytest.mark.golden("deta_", kind="function")
 @pytest.mark.parametrize("empty_slots", [0, 2])
 def test_pairs_losses_and_gradients(
     case: GoldenCase, empty_slots: int, impl: str, request: pytest.FixtureRequest
