@@ -46,6 +46,7 @@ INVOCATION = "state of one invocation, not of the recipe"
 LOGGING = "what is logged or stored does not change what is learned"
 SWIN = "belongs to the Swin backbones, which are refused"
 ONE_STAGE = "belongs to two_stage_type no, which is refused"
+PROCESSES = "how processes find each other does not change what is learned"
 OTHER_MODEL = "belongs to another model, which is refused"
 
 IGNORED_FLAGS = {
@@ -72,6 +73,9 @@ IGNORED_FLAGS = {
     "finetune_ignore": "everything but class heads must fit here; a warning says so",
     "backbone_freeze_keywords": SWIN,
     "batch_norm_type": UNREAD,
+    "dist_url": PROCESSES,
+    "rank": PROCESSES,
+    "local_rank": PROCESSES,
 }
 """Published flags without a counterpart, and why that loses nothing."""
 
@@ -158,6 +162,22 @@ RECIPES: dict[str, tuple[Implementation, str]] = {
         "--with_box_refine --two_stage --dim_feedforward 2048 --epochs 12 --lr_drop 11 "
         "--num_queries_one2one 300 --num_queries_one2many 1500 --k_one2many 6 "
         "--lambda_one2many 1.0 --dropout 0.0 --mixed_selection --look_forward_twice",
+    ),
+    "dn-deformable-detr-r50": (
+        "dn-dab-deformable-detr",
+        "-m dn_dab_deformable_detr --batch_size 2 --epochs 50 --lr_drop 40 --use_dn "
+        "--transformer_activation relu --output_dir logs/R50 --coco_path data",
+    ),
+    "dino-r50-4scale": (
+        "dino",
+        "--output_dir logs/R50 -c config/DINO/DINO_4scale.py --coco_path data --options "
+        "dn_scalar=100 embed_init_tgt=TRUE dn_label_coef=1.0 dn_bbox_coef=1.0 use_ema=False",
+    ),
+    "deta-r50": (
+        "deta",
+        "--with_box_refine --two_stage --num_feature_levels 5 --num_queries 900 "
+        "--dim_feedforward 2048 --dropout 0.0 --cls_loss_coef 1.0 --assign_first_stage "
+        "--assign_second_stage --epochs 12 --lr_drop 10",
     ),
 }
 
@@ -263,6 +283,7 @@ OTHER_VALUES = {
     "data_aug_scales2_crop": [200, 300],
     "data_aug_scale_overlap": 1.5,
     "dec_layer_number": [900] * 6,
+    "local_rank": 1,
     "dn_scalar": 100,
     "dn_label_coef": 1.0,
     "dn_bbox_coef": 1.0,
@@ -448,6 +469,202 @@ def test_encoder_follows_the_main_weights(implementation):
     assert silent.encoder_giou_weight == 0.0
 
 
+def dn_detr(*flags):
+    return config_from_published_args(["--use_dn", *flags], implementation="dn-dab-deformable-detr")
+
+
+def test_denoising_of_dn_detr():
+    config = dn_detr(
+        *("--scalar", "7", "--label_noise_scale", "0.5", "--box_noise_scale", "0.3"),
+        *("--cls_loss_coef", "3", "--num_select", "20", "--no_aux_loss"),
+    )
+    model, loss = config.model, config.loss
+    assert (model.denoising, model.denoising_groups) == ("dn", 7)
+    assert (model.denoising_label_noise, model.denoising_box_noise) == (0.5, 0.3)
+    assert (loss.class_weight, loss.denoising_class_weight) == (3.0, 3.0)
+    assert not loss.auxiliary
+    assert config.eval.max_detections == 100  # --num_select is for its other models
+    assert config.data.root is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["-m", "dn_dab_detr"], "modelname dn_dab_detr: only dn_dab_deformable_detr"),
+        (["--contrastive"], "contrastive True: the published model fails"),
+        (["--two_stage"], "two_stage True"),
+        (["--num_patterns", "3"], "num_patterns 3"),
+        (["--scalar", "0"], "scalar 0"),
+        (["--pretrain_model_path", "https://x.org/a.pth"], "pretrain_model_path .*download"),
+    ],
+)
+def test_options_of_dn_detr_that_cannot_work_are_refused(flags, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        dn_detr(*flags)
+
+
+def test_dn_detr_needs_denoising():
+    with pytest.raises(ValueError, match="use_dn False: the published model fails without it"):
+        config_from_published_args([], implementation="dn-dab-deformable-detr")
+
+
+def dino(**keys):
+    return config_from_published_args([], implementation="dino", overrides=keys)
+
+
+@pytest.mark.parametrize(
+    ("number", "queries", "groups"),
+    [(100, 100, None), (50, 50, None), (49, 100, 98), (1, 100, 2)],
+)
+def test_denoising_of_dino(number, queries, groups):
+    model = dino(dn_number=number, dn_label_noise_ratio=0.25, dn_box_noise_scale=1.0).model
+    assert model.denoising == "contrastive"
+    assert (model.denoising_queries, model.denoising_groups) == (queries, groups)
+    assert (model.denoising_label_noise, model.denoising_box_noise) == (0.125, 1.0)
+    assert model.denoising_label_rows is None
+    assert dino(dn_labelbook_size=95).model.denoising_label_rows == 96
+
+
+def test_dino_without_denoising():
+    assert dino(use_dn=False, dn_number=0) == dino(use_dn=False)
+    assert dino(use_dn=False).model == replace(dino().model, denoising="none")
+    with pytest.raises(ValueError, match="dn_number 0: set use_dn False"):
+        dino(dn_number=0)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "encoder", "expected"),
+    [
+        ((True, True), (False, False), "decoder"),
+        ((True, True), (True, True), "all"),
+        ((False, False), (False, False), "none"),
+        ((True, False), (False, False), None),
+        ((True, True), (True, False), None),
+        ((False, False), (True, True), None),
+    ],
+)
+def test_heads_of_dino(decoder, encoder, expected):
+    keys = dict(
+        zip(("dec_pred_bbox_embed_share", "dec_pred_class_embed_share"), decoder, strict=True)
+    )
+    keys |= dict(
+        zip(("two_stage_bbox_embed_share", "two_stage_class_embed_share"), encoder, strict=True)
+    )
+    if expected is None:
+        with pytest.raises(ValueError, match="class and box heads are shared alike"):
+            dino(**keys)
+    else:
+        assert dino(**keys).model.head_sharing == expected
+
+
+def test_loss_average_and_data_of_dino():
+    config = dino(
+        interm_loss_coef=0.5,
+        bbox_loss_coef=4.0,
+        use_ema=True,
+        ema_decay=0.99,
+        use_detached_boxes_dec_out=True,
+        data_aug_scale_overlap=0.5,
+        param_dict_type="ddetr_in_mmdet",
+        num_classes=20,
+        num_select=70,
+    )
+    loss = config.loss
+    assert (loss.encoder_class_weight, loss.encoder_bbox_weight) == (0.5, 2.0)
+    assert loss.encoder_giou_weight == 1.0
+    assert (config.train.ema_decay, config.train.ema_warmup_steps) == (0.99, 0)
+    assert not config.model.look_forward_twice
+    assert (config.data.train_sizes[0], config.data.train_sizes[-1]) == (240, 400)
+    assert (config.data.test_size, config.data.max_size) == (400, 666)
+    assert config.data.crop_resize_sizes == (200, 250, 300)
+    assert (config.data.crop_min_size, config.data.crop_max_size) == (192, 300)
+    assert config.optimizer.reference_lr_factor == 0.1
+    assert (config.model.num_classes, config.eval.max_detections) == (20, 70)
+    boxless = dino(no_interm_box_loss=True).loss
+    assert (boxless.encoder_class_weight, boxless.encoder_bbox_weight) == (1.0, 0.0)
+    assert boxless.encoder_giou_weight == 0.0
+
+
+def test_keys_of_dino_from_a_mapping_a_file_and_options():
+    expected = dino(num_queries=30, lr=2e-4, data_aug_scales=[480, 512])
+    keys = {"num_queries": 30, "lr": 2e-4, "data_aug_scales": [480, 512], "dn_number": 100}
+    assert config_from_published_args(keys) == expected
+    options = ["num_queries=30", "lr=2e-4", "data_aug_scales=480,512", "frozen_weights=None"]
+    flags = ["--config_file", "config/DINO/DINO_4scale.py", "--options", *options]
+    assert config_from_published_args(flags, implementation="dino") == expected
+    # A Namespace holds the keys of its file, whatever its name.
+    stored = Namespace(**keys, config_file="mine.py", options={"lr": 2e-4}, local_rank=0)
+    assert config_from_published_args(stored) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["-c", "DINO_4scale_swin.py"], "backbone swin_L_384_22k: .* no Swin"),
+        (["-c", "DINO_4scale_convnext.py"], "backbone convnext_xlarge_22k: .* no ConvNeXt"),
+        (["-c", "DINO_5scale.py"], r"return_interm_indices \[0, 1, 2, 3\]: levels start"),
+        (["-c", "mine.py"], "config_file mine.py: known are DINO_4scale.py.* mapping"),
+        (["--lr", "1e-4"], "keys of the configuration file, not flags: lr"),
+        (["--scalar", "5"], r"scalar \(a flag of dn-dab-deformable-detr\)"),
+        (["--options", "lr"], "option 'lr' is not KEY=VALUE"),
+        (["--options", "colour=3"], "not arguments of the published dino: colour"),
+        (["--options", "dn_number=many"], "dn_number: expected int"),
+        (["--options", "lr_drop_list=1,x"], "lr_drop_list: expected int"),
+        (["--options", "param_dict_type=large_wd"], "param_dict_type large_wd"),
+        (["--options", "num_feature_levels=2"], "num_feature_levels 2"),
+    ],
+)
+def test_options_of_dino_that_cannot_work_are_refused(flags, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        config_from_published_args(flags, implementation="dino")
+
+
+@pytest.mark.parametrize(
+    ("implementation", "keys", "words"),
+    [
+        ("dino", {"amp": True}, "train.precision bfloat16"),
+        ("dino", {"position_embedding": "learned"}, "lr_backbone"),
+        ("dino", {"finetune_ignore": ["class_embed"]}, "finetune_ignore: dropped"),
+        ("dn-dab-deformable-detr", {"use_dn": True, "amp": True}, "train.precision bfloat16"),
+        ("dn-dab-deformable-detr", {"use_dn": True, "random_refpoints_xy": True}, "anchors only"),
+        ("deta", {"finetune": "a.pth"}, "class heads"),
+        ("deta", {"assign_first_stage": True}, "no effect without two_stage"),
+    ],
+)
+def test_options_of_later_detectors_that_change_or_go_are_reported(
+    implementation, keys, words, caplog
+):
+    with caplog.at_level(logging.WARNING, logger="msdetr.published"):
+        config = config_from_published_args(keys, implementation=implementation)
+    assert len(caplog.records) == 1
+    assert words in caplog.text
+    assert (config.train.precision == "bfloat16") == ("amp" in keys)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("second", [False, True])
+def test_stages_of_deta(first, second):
+    values = {"two_stage": True, "assign_first_stage": first, "assign_second_stage": second}
+    config = config_from_published_args(values)
+    assert config.model.proposal_content
+    assert config.model.proposal_nms_iou_threshold == (0.9 if first else None)
+    matches = (config.assignment.encoder_match, config.assignment.decoder_match)
+    assert matches == ("iou" if first else "predictions", "iou" if second else "hungarian")
+    assert config.eval.nms_iou_threshold == (0.7 if second else None)
+
+
+def test_options_of_deta():
+    config = config_from_published_args({"bigger": True, "finetune": "start.pth"})
+    assert not config.model.proposal_content  # without proposals
+    assert (config.data.train_sizes[0], config.data.train_sizes[-1]) == (720, 1200)
+    assert (config.data.test_size, config.data.max_size) == (1200, 2000)
+    assert config.weights == Path("start.pth")
+    resumed = config_from_published_args({"finetune": "start.pth", "resume": "last.pth"})
+    assert resumed.weights == Path("last.pth")
+    with pytest.raises(ValueError, match=r"assign_second_stage: .*needs two_stage"):
+        config_from_published_args({"assign_second_stage": True})
+
+
 @pytest.mark.parametrize(
     ("attribute", "expected"),
     [
@@ -457,10 +674,24 @@ def test_encoder_follows_the_main_weights(implementation):
         ("two_stage", "deformable-detr"),
         ("num_queries_one2one", "h-deformable-detr"),
         ("use_wandb", "h-deformable-detr"),
+        ("use_mqs", "dn-dab-deformable-detr"),
+        ("dn_number", "dino"),
+        ("config_file", "dino"),
+        ("bigger", "deta"),
+        # Set at run time by all of them, and an option of DN-DETR.
+        ("override_resumed_lr_drop", "deformable-detr"),
     ],
 )
 def test_implementation_is_told_by_its_own_flags(attribute, expected):
     assert infer_implementation(Namespace(lr=1e-4, **{attribute: False})) == expected
+
+
+@pytest.mark.parametrize("implementation", PUBLISHED_FLAGS)
+def test_implementation_is_told_by_all_stored_arguments(implementation):
+    flags = PUBLISHED_FLAGS[implementation]
+    values = {name: flag.default for name, flag in flags.items()}
+    stored = Namespace(**values | {"local_rank": 0, "override_resumed_lr_drop": True})
+    assert infer_implementation(stored) == implementation
 
 
 @pytest.mark.parametrize(

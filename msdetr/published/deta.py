@@ -33,7 +33,10 @@ def unsupported(values: argparse.Namespace) -> list[str]:
 def recipe(values: argparse.Namespace, batch_size: int) -> Recipe:
     """The recipe of these values. Warns of values that change or go."""
     base = deformable.recipe(values, batch_size, "deta")
+    assignment = base.assignment
     first = effective(values, "assign_first_stage", needs="two_stage")
+    if first:
+        assignment = replace(assignment, encoder_match="iou", encoder_cost_class=0.0)
     if values.finetune and not values.resume:
         logger.warning("finetune: class heads of as many classes are loaded too, other than there")
     return base._replace(
@@ -43,9 +46,7 @@ def recipe(values: argparse.Namespace, batch_size: int) -> Recipe:
             proposal_nms_iou_threshold=_PROPOSAL_NMS if first else None,
         ),
         assignment=replace(
-            base.assignment,
-            decoder_match="iou" if values.assign_second_stage else "hungarian",
-            encoder_match="iou" if first else base.assignment.encoder_match,
+            assignment, decoder_match="iou" if values.assign_second_stage else "hungarian"
         ),
         data=_bigger(base.data) if values.bigger else base.data,
         eval=replace(

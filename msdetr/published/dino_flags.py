@@ -29,6 +29,10 @@ _OPTIONS = {
     "save_results": PublishedFlag(bool, False),
     "save_log": PublishedFlag(bool, False),
     "amp": PublishedFlag(bool, False),
+    "world_size": PublishedFlag(int, 1),
+    "dist_url": PublishedFlag(str, "env://"),
+    "rank": PublishedFlag(int, 0),
+    "local_rank": PublishedFlag(int, None),
 }
 
 DINO_FILE_KEYS = {

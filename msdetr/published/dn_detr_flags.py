@@ -88,4 +88,8 @@ DN_DETR = {
     "find_unused_params": PublishedFlag(bool, False),
     "save_results": PublishedFlag(bool, False),
     "save_log": PublishedFlag(bool, False),
+    "world_size": PublishedFlag(int, 1),
+    "dist_url": PublishedFlag(str, "env://"),
+    "rank": PublishedFlag(int, 0),
+    "local_rank": PublishedFlag(int, None),
 }

@@ -212,9 +212,10 @@ def test_pairs(case: GoldenCase, step: Step) -> None:
 
 @MODELS
 def test_gradient_norms(case: GoldenCase, step: Step) -> None:
+    model = step.config.model
     result = {
-        published_name(name, step.config.model): grad.norm().item()
-        for name, grad in step.gradients.items()
+        published_name(name, model): gradient.norm().item()
+        for name, gradient in step.gradients.items()
     }
     scale = max(case.grad_norms.values())
     assert result == pytest.approx(case.grad_norms, rel=MODEL_TOLERANCE, abs=1e-9 * scale)
