@@ -115,7 +115,7 @@ def combinations() -> dict[str, ModelConfig]:
     for i, (query_position, sharing, norm, refine) in enumerate(
         product(
             ("initial", "box", "box_content"),
-            (None, "none", "decoder", "all"),
+            ("auto", "none", "decoder", "all"),
             (True, False),
             (True, False),
         )
