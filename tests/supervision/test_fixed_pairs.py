@@ -68,7 +68,7 @@ def test_pairs(kind, counts):
     query_index, mask, target_class = assign(output, targets, kind)
     batch = len(counts)
     assert mask.shape == query_index.shape == (LAYERS, batch * GROUPS, SLOTS, 1)
-    others = BACKGROUND if kind == "contrastive" and sum(counts) else IGNORED
+    others = BACKGROUND if kind == "contrastive" else IGNORED
     for layer in range(LAYERS):
         for problem in range(batch * GROUPS):
             image = problem // GROUPS
@@ -155,6 +155,17 @@ def test_a_batch_without_targets_has_no_denoising_loss(kind):
     for gradient in gradients[kind]:
         assert torch.equal(gradient, torch.zeros_like(gradient))
     assert losses.terms["one_to_one/class"].all()
+
+
+@pytest.mark.parametrize("mean", [0.5, 0.0])
+def test_a_process_without_targets_learns_background_if_another_has_some(mean):
+    output, targets = noised_output("contrastive", (0, 0))
+    counts = TargetCount(torch.tensor(mean), torch.tensor(0.0))
+    losses, gradients = supervise(output, targets, num_targets=counts)
+    logits, boxes = gradients["contrastive"]
+    assert (losses.terms["contrastive/class"] > 0).tolist() == [mean > 0] * LAYERS
+    assert bool(logits.all()) == (mean > 0)
+    assert not boxes.any()
 
 
 @KINDS
