@@ -183,6 +183,39 @@ class TestLookForwardTwice:
             assert all(map(torch.equal, predictions, result[name]))
 
 
+@pytest.mark.parametrize("logit_eps", [1e-5, 1e-3])
+@pytest.mark.parametrize("decoder_norm", [True, False])
+@pytest.mark.parametrize("one_to_many", ["internal", "output"])
+def test_coordinates_at_the_border_count_as_an_epsilon_away(logit_eps, decoder_norm, one_to_many):
+    """In predictions of all branches, and where the next layer starts. Heads move nothing."""
+    decoder, heads = decoding(
+        logit_eps=logit_eps,
+        decoder_norm=decoder_norm,
+        one_to_many=one_to_many,
+        one_to_many_ffn=False,
+    )
+    for embed in heads.bbox_embed:
+        nn.init.zeros_(embed.last.weight)
+        nn.init.zeros_(embed.last.bias)
+    starts: list[Tensor] = []
+    for layer in decoder.layers:
+        layer.register_forward_pre_hook(lambda module, inputs: starts.append(inputs[2]))
+    queries = random_queries()
+    border = torch.tensor([0.0, 1.0]).expand(2, QUERIES, 2).repeat(1, 1, 2).double()
+    output = decode(
+        decoder,
+        queries._replace(reference=border),
+        random_pyramid(SHAPES, VALID_SIZES),
+        heads,
+    )
+    for index, start in enumerate(starts):
+        torch.testing.assert_close(start, border, rtol=1e-9, atol=1e-12)
+        low, high = border.clamp(min=logit_eps), (1.0 - border).clamp(min=logit_eps)
+        border = low / (low + high)
+        for branch in output.values():
+            torch.testing.assert_close(branch.boxes[index], border, rtol=1e-9, atol=1e-12)
+
+
 class TestNorm:
     """Predictions are made of the normalised state; the next layer starts from the other one."""
 
