@@ -133,19 +133,23 @@ def by_published_name(terms: dict[str, Tensor]) -> dict[str, Tensor]:
     """Loss terms per layer by their published names: `one_to_many/class` [N] becomes
     `loss_ce_0_o2m`, `loss_ce_1_o2m`, ..., `loss_ce_o2m`.
 
-    H-DETR reports its terms, `loss_ce_one2many` and so on, times lambda. Ours are without it."""
+    H-DETR reports its terms, `loss_ce_one2many` and so on, times lambda. Ours are without it. The
+    selected proposals have the suffix of DINO beside contrastive denoising, else that of LW-DETR.
+    """
     kinds = {"class": "loss_ce", "bbox": "loss_bbox", "giou": "loss_giou"}
-    branches = {
-        "one_to_one": "",
-        "one_to_many": "_o2m",
-        "hybrid": "_one2many",
-        "encoder": "_enc",
-        "encoder_selected": "_enc",
+    names = {
+        "one_to_one": "{kind}{layer}",
+        "one_to_many": "{kind}{layer}_o2m",
+        "hybrid": "{kind}{layer}_one2many",
+        "denoising": "tgt_{kind}{layer}",
+        "contrastive": "{kind}_dn{layer}",
+        "encoder": "{kind}_enc",
+        "encoder_selected": "{kind}_interm" if "contrastive/class" in terms else "{kind}_enc",
     }
     named = {}
     for name, values in terms.items():
         branch, kind = name.split("/")
         for layer, value in enumerate(values):
             index = "" if layer == len(values) - 1 else f"_{layer}"
-            named[f"{kinds[kind]}{index}{branches[branch]}"] = value
+            named[names[branch].format(kind=kinds[kind], layer=index)] = value
     return named

@@ -15,7 +15,13 @@ from benchmarks.detector import query_sets, supervision
 from benchmarks.detector.cases import Case
 from benchmarks.detector.flops import detector_flops
 from benchmarks.detector.query_sets import check_agreement, forms
-from benchmarks.detector.supervision import groups_of, over_baseline, pairs, too_slow
+from benchmarks.detector.supervision import (
+    groups_of,
+    merged,
+    over_baseline,
+    pairs,
+    too_slow,
+)
 from msdetr.config import ModelConfig
 
 BASELINE = "deformable-detr-pp-r50-300"
@@ -27,7 +33,9 @@ def step_row(preset: str, seconds: float, batch: int = 2) -> dict[str, Any]:
     return {**case, "preset": preset, "seconds_p50": seconds}
 
 
-def test_pairs_of_recipes_write_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pairs_of_recipes_write_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "rows.json"
     arguments = [*SMALL, "--presets", "tiny", "deformable-detr-r50", "--warmup", "0"]
     arguments += ["--steps", "1", "--output", str(path), "--check"]
@@ -40,6 +48,49 @@ def test_pairs_of_recipes_write_rows(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert rows[1]["time_over_baseline"] == rows[1]["seconds_p50"] / rows[0]["seconds_p50"]
     assert rows[1]["time_over_baseline"] > 1.5
     assert rows[1]["peak_memory_mb"] > rows[0]["peak_memory_mb"] > 100
+    assert rows[0]["triton_launches"] > rows[1]["triton_launches"] > 0
+
+    monkeypatch.setattr(supervision, "with_launches", lambda measured, options: measured)
+    arguments[arguments.index("deformable-detr-r50")] = "tiny+cdn"
+    assert supervision.main([*arguments, "--merge"]) == 1
+    stored = json.loads(path.read_text())
+    assert stored[:2] == rows
+    (row,) = stored[2:]  # the baseline of the commit is there already
+    assert row["preset"] == "tiny+cdn"
+    assert row["time_over_baseline"] == row["seconds_p50"] / row["baseline_seconds_p50"] > 1.0
+
+
+def machine_rows(commit: str, *presets: str) -> list[dict[str, Any]]:
+    where = {"commit": commit, "device": "a CPU", "height": 480, "width": 640}
+    measured = (step_row(name, 2.0) for name in (BASELINE, *presets))
+    return [{**row, **where} for row in over_baseline(measured, BASELINE)]
+
+
+@pytest.mark.parametrize(
+    ("presets", "expected"),
+    [
+        (["new"], ["one:base", "one:a", "one:b", "two:base", "two:new"]),
+        (["b"], ["one:base", "one:a", "two:base", "two:b"]),
+        (["a", "b"], ["two:base", "two:a", "two:b"]),
+    ],
+)
+def test_rows_of_other_recipes_stay_with_their_baseline(
+    presets: list[str], expected: list[str]
+) -> None:
+    rows = merged(machine_rows("one", "a", "b"), machine_rows("two", *presets))
+    names = [f"{row['commit']}:{row['preset'].replace(BASELINE, 'base')}" for row in rows]
+    assert names == expected
+
+
+def test_rows_of_one_commit_share_a_baseline() -> None:
+    rows = merged(machine_rows("one", "a"), machine_rows("one", "b"))
+    assert [row["preset"] for row in rows] == [BASELINE, "a", "b"]
+
+
+def test_rows_of_another_machine_are_not_merged() -> None:
+    other = [{**row, "device": "another CPU"} for row in machine_rows("one", "a")]
+    with pytest.raises(ValueError, match="cannot be merged: device is"):
+        merged(other, machine_rows("two", "b"))
 
 
 def test_the_baseline_is_in_each_pair() -> None:
