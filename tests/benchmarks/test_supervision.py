@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from benchmarks import table
-from benchmarks.detector import query_sets, supervision
-from benchmarks.detector.cases import Case
+from benchmarks.detector import denoising, query_sets, supervision
+from benchmarks.detector.cases import Case, recipe
 from benchmarks.detector.flops import detector_flops
-from benchmarks.detector.query_sets import check_agreement, forms
+from benchmarks.detector.query_sets import check_agreement, denoising_forms, forms
 from benchmarks.detector.supervision import (
     groups_of,
     merged,
@@ -22,7 +22,8 @@ from benchmarks.detector.supervision import (
     pairs,
     too_slow,
 )
-from msdetr.config import ModelConfig
+from msdetr.config import RunConfig
+from msdetr.model.query_sets import QuerySet
 
 BASELINE = "deformable-detr-pp-r50-300"
 SMALL = ["--height", "64", "--width", "64", "--batches", "1", "--device", "cpu"]
@@ -172,11 +173,53 @@ def test_forms_that_differ_are_refused() -> None:
 
 
 def test_forms_write_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = functools.partial(ModelConfig, num_queries=6, num_hybrid_queries=10, num_groups=3)
-    monkeypatch.setattr(query_sets, "ModelConfig", small)
+    small = {"num_queries": 6, "num_hybrid_queries": 10, "num_groups": 3, "denoising_queries": 12}
+
+    def small_recipe(name: str) -> RunConfig:
+        config = recipe(name)
+        return replace(config, model=replace(config.model, **small))
+
+    monkeypatch.setattr(query_sets, "recipe", small_recipe)
     path = tmp_path / "rows.json"
-    assert query_sets.main(["--device", "cpu", "--repetitions", "3", "--output", str(path)]) == 0
+    arguments = ["--device", "cpu", "--repetitions", "3", "--num-slots", "4"]
+    assert query_sets.main([*arguments, "--output", str(path)]) == 0
     rows = json.loads(path.read_text())
-    assert [row["sets"] for row in rows] == ["6+10"] * 2 + ["3x6"] * 3
-    for sets in ("6+10", "3x6"):
+    sizes = ["6+10"] * 2 + ["3x6"] * 3 + ["5x4+6"] * 3 + ["3x8+6"] * 3
+    assert [row["sets"] for row in rows] == sizes
+    for sets in set(sizes):
         assert min(row["over_fastest"] for row in rows if row["sets"] == sets) == 1.0
+
+
+def test_all_forms_hide_other_groups_from_denoising_queries() -> None:
+    torch.manual_seed(0)
+    noised = QuerySet("denoising", group_size=2, num_groups=2, sees_primary=True)
+    inputs = [torch.randn(2, 3, 4 + 5, 6, requires_grad=True) for _ in range(3)]
+    calls = denoising_forms(inputs, noised)
+    assert len(calls) == 3
+    check_agreement(calls, tolerance=1e-5)
+    second = [2, 3, *range(4, 9)]
+    query, key, value = inputs
+    weights = (query[:, :, 2:4] @ key[:, :, second].transpose(2, 3) / 6**0.5).softmax(3)
+    output, *_ = calls["keys per group"]()
+    torch.testing.assert_close(output[:, :, 2:4], weights @ value[:, :, second])
+    primary = (x[:, :, 4:] for x in inputs)
+    expected = torch.nn.functional.scaled_dot_product_attention(*primary)
+    torch.testing.assert_close(output[:, :, 4:], expected)
+
+
+@pytest.mark.parametrize("name", ["tiny+dn", "tiny+cdn"])
+def test_parts_of_denoising_write_rows(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    arguments = ["--preset", name, "--device", "cpu", "--height", "64", "--width", "64"]
+    arguments += ["--batch", "1", "--repetitions", "1", "--output", str(path)]
+    assert denoising.main(arguments) == 0
+    rows = {row["part"]: row for row in json.loads(path.read_text())}
+    assert rows["step"]["share"] == 1.0
+    small = ("making the set", "self-attention", "pairs and losses")
+    assert all(0.0 < rows[part]["share"] < 1.0 for part in small)
+
+
+def test_a_recipe_without_denoising_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        denoising.main(["--preset", "tiny"])
+    assert "has no denoising queries" in capsys.readouterr().err.replace("\n", " ")
