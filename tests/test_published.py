@@ -7,7 +7,6 @@ import logging
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
@@ -22,7 +21,14 @@ from msdetr.published import (
 )
 from parity.golden import golden_models
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
+# The command lines of Deformable-DETR and of the code made from it.
+DEFORMABLE: tuple[Implementation, ...] = (
+    "ms-detr",
+    "ms-detr-impl-a",
+    "deformable-detr",
+    "h-deformable-detr",
+    "deta",
+)
 MODEL_FLAGS = (
     "with_box_refine",
     "two_stage",
@@ -34,22 +40,96 @@ MODEL_FLAGS = (
 )
 
 
+UNREAD = "the published code never reads it"
+MASKS = "belongs to masks, which are refused"
+INVOCATION = "state of one invocation, not of the recipe"
+LOGGING = "what is logged or stored does not change what is learned"
+SWIN = "belongs to the Swin backbones, which are refused"
+ONE_STAGE = "belongs to two_stage_type no, which is refused"
+PROCESSES = "how processes find each other does not change what is learned"
+OTHER_MODEL = "belongs to another model, which is refused"
+
 IGNORED_FLAGS = {
-    "lr_drop_epochs": "the published code never reads it",
-    "position_embedding_scale": "the published code never reads it",
-    "remove_difficult": "the published code never reads it",
-    "mask_loss_coef": "belongs to --masks, which is refused",
-    "dice_loss_coef": "belongs to --masks, which is refused",
-    "coco_panoptic_path": "belongs to --dataset_file coco_panoptic, which is refused",
+    "lr_drop_epochs": UNREAD,
+    "position_embedding_scale": UNREAD,
+    "remove_difficult": UNREAD,
+    "mask_loss_coef": MASKS,
+    "dice_loss_coef": MASKS,
+    "coco_panoptic_path": "belongs to dataset_file coco_panoptic, which is refused",
     "cache_mode": "where images are read from does not change what is learned",
-    "start_epoch": "state of one invocation, not of the recipe",
-    "eval": "state of one invocation, not of the recipe",
-    "eval_in_training_set": "state of one invocation, not of the recipe",
-    "use_wandb": "where metrics are logged does not change what is learned",
-    "pretrained_backbone_path": "belongs to the Swin backbones, which are refused",
-    "drop_path_rate": "belongs to the Swin backbones, which are refused",
+    "start_epoch": INVOCATION,
+    "eval": INVOCATION,
+    "eval_in_training_set": INVOCATION,
+    "use_wandb": LOGGING,
+    "pretrained_backbone_path": SWIN,
+    "drop_path_rate": SWIN,
+    # DN-DETR and DINO
+    "note": LOGGING,
+    "save_checkpoint_interval": LOGGING,
+    "save_results": LOGGING,
+    "save_log": LOGGING,
+    "debug": INVOCATION,
+    "find_unused_params": "a check of the gradients' exchange",
+    "finetune_ignore": "everything but class heads must fit here; a warning says so",
+    "backbone_freeze_keywords": SWIN,
+    "batch_norm_type": UNREAD,
+    "dist_url": PROCESSES,
+    "rank": PROCESSES,
+    "local_rank": PROCESSES,
 }
 """Published flags without a counterpart, and why that loses nothing."""
+
+IGNORED_FLAGS_OF: dict[Implementation, dict[str, str]] = {
+    "dn-dab-deformable-detr": {
+        "override_resumed_lr_drop": INVOCATION,
+        "drop_lr_now": INVOCATION,
+        "use_mqs": OTHER_MODEL,
+        "use_lft": OTHER_MODEL,
+        "pe_temperatureH": OTHER_MODEL,
+        "pe_temperatureW": OTHER_MODEL,
+        "pre_norm": OTHER_MODEL,
+        "transformer_activation": OTHER_MODEL,
+        "num_select": OTHER_MODEL,
+        "num_results": UNREAD,
+        "return_interm_layers": UNREAD,
+        "eos_coef": UNREAD,
+        "random_refpoints_xy": "concerns the initial anchors only; a warning says so",
+    },
+    "dino": {
+        "config_file": "names the file whose keys are the other arguments",
+        "dataset_file": "the number of classes is num_classes",
+        "test": INVOCATION,
+        "use_checkpoint": SWIN,
+        "backbone_dir": SWIN,
+        "num_patterns": ONE_STAGE,
+        "random_refpoints_xy": ONE_STAGE,
+        "fix_refpoints_hw": ONE_STAGE,
+        "box_attn_type": "belongs to use_deformable_box_attn, which is refused",
+        "dln_xy_noise": "belongs to decoder_layer_noise, which is refused",
+        "dln_hw_noise": "belongs to decoder_layer_noise, which is refused",
+        "lr_drop_list": "belongs to multi_step_lr, which is refused",
+    }
+    | dict.fromkeys(
+        (
+            "add_pos_value",
+            "dabdetr_deformable_decoder",
+            "dabdetr_deformable_encoder",
+            "dabdetr_yolo_like_anchor_update",
+            "ddetr_lr_param",
+            "dn_bbox_coef",
+            "dn_label_coef",
+            "dn_scalar",
+            "enc_loss_coef",
+            "match_unstable_error",
+            "pdetr3_bbox_embed_diff_each_layer",
+            "pdetr3_refHW",
+            "two_stage_default_hw",
+            "unic_layers",
+        ),
+        UNREAD,
+    ),
+}
+"""The same, for flags that mean something in other command lines."""
 
 GOLDEN_MODELS = golden_models()
 
@@ -82,6 +162,22 @@ RECIPES: dict[str, tuple[Implementation, str]] = {
         "--with_box_refine --two_stage --dim_feedforward 2048 --epochs 12 --lr_drop 11 "
         "--num_queries_one2one 300 --num_queries_one2many 1500 --k_one2many 6 "
         "--lambda_one2many 1.0 --dropout 0.0 --mixed_selection --look_forward_twice",
+    ),
+    "dn-deformable-detr-r50": (
+        "dn-dab-deformable-detr",
+        "-m dn_dab_deformable_detr --batch_size 2 --epochs 50 --lr_drop 40 --use_dn "
+        "--transformer_activation relu --output_dir logs/R50 --coco_path data",
+    ),
+    "dino-r50-4scale": (
+        "dino",
+        "--output_dir logs/R50 -c config/DINO/DINO_4scale.py --coco_path data --options "
+        "dn_scalar=100 embed_init_tgt=TRUE dn_label_coef=1.0 dn_bbox_coef=1.0 use_ema=False",
+    ),
+    "deta-r50": (
+        "deta",
+        "--with_box_refine --two_stage --num_feature_levels 5 --num_queries 900 "
+        "--dim_feedforward 2048 --dropout 0.0 --cls_loss_coef 1.0 --assign_first_stage "
+        "--assign_second_stage --epochs 12 --lr_drop 10",
     ),
 }
 
@@ -116,11 +212,19 @@ def test_golden_case_builds_its_configuration(name):
     )
     assert (config.model.one_to_many != "none") == ("loss_ce_o2m" in weights)
     assert (config.model.extra_queries == "hybrid") == ("loss_ce_one2many" in weights)
-    assert config.model.two_stage == ("loss_ce_enc" in weights)
+    of_encoder = "interm" if case["implementation"] == "dino" else "enc"
+    assert config.model.two_stage == (f"loss_ce_{of_encoder}" in weights)
     if config.model.two_stage:
-        assert loss.encoder_class_weight == weights["loss_ce_enc"]
-        assert loss.encoder_bbox_weight == weights["loss_bbox_enc"]
-        assert loss.encoder_giou_weight == weights["loss_giou_enc"]
+        assert loss.encoder_class_weight == weights[f"loss_ce_{of_encoder}"]
+        assert loss.encoder_bbox_weight == weights[f"loss_bbox_{of_encoder}"]
+        assert loss.encoder_giou_weight == weights[f"loss_giou_{of_encoder}"]
+    denoising = {"none": None, "dn": "tgt_loss_{}", "contrastive": "loss_{}_dn"}
+    name = denoising[config.model.denoising]
+    assert (name is not None) == ("tgt_loss_ce" in weights or "loss_ce_dn" in weights)
+    if name is not None:
+        assert loss.denoising_class_weight == weights[name.format("ce")]
+        assert loss.denoising_bbox_weight == weights[name.format("bbox")]
+        assert loss.denoising_giou_weight == weights[name.format("giou")]
     if config.model.one_to_many != "none":
         assert loss.one_to_many_class_weight == weights["loss_ce_o2m"]
         assert loss.one_to_many_bbox_weight == weights["loss_bbox_o2m"]
@@ -132,13 +236,14 @@ def test_golden_case_builds_its_configuration(name):
         assert loss.hybrid_giou_weight == factor * weights["loss_giou_one2many"]
     for override, field in (
         ("topk_eval", config.eval.max_detections),
+        ("num_select", config.eval.max_detections),
         ("nms_iou_threshold", config.eval.nms_iou_threshold),
     ):
         if override in case["overrides"]:
             assert field == case["overrides"][override]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", DEFORMABLE)
 def test_every_combination_of_model_flags_builds(implementation):
     names = [name for name in MODEL_FLAGS if name in PUBLISHED_FLAGS[implementation]]
     for chosen in itertools.product((False, True), repeat=len(names)):
@@ -171,15 +276,49 @@ OTHER_VALUES = {
     "lr_backbone": 0.0,
     "nms_iou_threshold": 0.7,
     "lr_drop_epochs": [3],
+    "dn_number": 12,
+    "param_dict_type": "ddetr_in_mmdet",
+    "data_aug_scales": [480, 640],
+    "data_aug_scales2_resize": [300],
+    "data_aug_scales2_crop": [200, 300],
+    "data_aug_scale_overlap": 1.5,
+    "dec_layer_number": [900] * 6,
+    "local_rank": 1,
+    "dn_scalar": 100,
+    "dn_label_coef": 1.0,
+    "dn_bbox_coef": 1.0,
 }
-REFUSED = {"masks", "frozen_weights", "lr_backbone_names", "lr_linear_proj_names"}
+REFUSED = {"masks", "frozen_weights", "lr_backbone_names", "lr_linear_proj_names", "fix_size"}
+REFUSED_OF: dict[Implementation, set[str]] = {
+    "dn-dab-deformable-detr": {"modelname", "contrastive", "two_stage", "num_patterns"},
+    "dino": {
+        *("modelname", "return_interm_indices", "pre_norm", "transformer_activation"),
+        *("use_deformable_box_attn", "add_channel_attention", "decoder_sa_type"),
+        *("decoder_module_seq", "query_dim", "dec_layer_number", "decoder_layer_noise"),
+        *("two_stage_type", "two_stage_pat_embed", "two_stage_add_query_num"),
+        *("two_stage_learn_wh", "two_stage_keep_all_tokens", "embed_init_tgt"),
+        *("dec_pred_bbox_embed_share", "dec_pred_class_embed_share"),
+        *("two_stage_bbox_embed_share", "two_stage_class_embed_share"),
+        *("matcher_type", "focal_alpha", "nms_iou_threshold", "onecyclelr", "multi_step_lr"),
+        *("pe_temperatureH", "pe_temperatureW", "ema_epoch", "strong_aug"),
+    },
+}
 NEEDS = {
     "use_aux_ffn": {"use_ms_detr": True},
     "mixed_selection": {"two_stage": True},
     "look_forward_twice": {"with_box_refine": True},
     "k_one2many": {"num_queries_one2many": 3},
     "lambda_one2many": {"num_queries_one2many": 3},
+    "assign_first_stage": {"two_stage": True},
+    "assign_second_stage": {"two_stage": True},
+    "lr_backbone_names": {"param_dict_type": "ddetr_in_mmdet"},
+    "lr_linear_proj_names": {"param_dict_type": "ddetr_in_mmdet"},
+    "lr_linear_proj_mult": {"param_dict_type": "ddetr_in_mmdet"},
+    "ema_decay": {"use_ema": True},
+    "ema_epoch": {"use_ema": True},
 }
+ALWAYS: dict[Implementation, dict[str, object]] = {"dn-dab-deformable-detr": {"use_dn": True}}
+"""Values without which nothing is converted: tested below."""
 
 
 def other_value(name, flag):
@@ -189,27 +328,35 @@ def other_value(name, flag):
         return not flag.default
     if flag.type is str:
         return ["elsewhere"] if flag.many else "elsewhere"
-    return flag.default + 1 if flag.type is int else flag.default / 2
+    if flag.many:
+        return [value + 1 for value in flag.default]
+    return flag.default + 1 if flag.type is int else flag.default / 2 or 0.125
 
 
 @pytest.mark.parametrize(
     ("implementation", "name"),
-    [(owner, name) for owner, flags in PUBLISHED_FLAGS.items() for name in flags],
+    [
+        (owner, name)
+        for owner, flags in PUBLISHED_FLAGS.items()
+        for name in flags
+        if name not in ALWAYS.get(owner, {})
+    ],
 )
 def test_every_flag_is_mapped_refused_or_ignored_for_a_reason(implementation, name):
-    flag = PUBLISHED_FLAGS[implementation][name]
-    base = NEEDS.get(name, {})
+    flags = PUBLISHED_FLAGS[implementation]
+    needs = {key: value for key, value in NEEDS.get(name, {}).items() if key in flags}
+    base = ALWAYS.get(implementation, {}) | needs
 
     def build(overrides):
         return config_from_published_args(
             [], implementation=implementation, overrides=base | overrides
         )
 
-    changed = {name: other_value(name, flag)}
-    if name in REFUSED:
+    changed = {name: other_value(name, flags[name])}
+    if name in REFUSED | REFUSED_OF.get(implementation, set()):
         with pytest.raises(ValueError, match=name):
             build(changed)
-    elif name in IGNORED_FLAGS or name in DEAD_FLAGS:
+    elif name in IGNORED_FLAGS | IGNORED_FLAGS_OF.get(implementation, {}) or name in DEAD_FLAGS:
         assert build(changed) == build({})
     else:
         assert build(changed) != build({})
@@ -322,6 +469,202 @@ def test_encoder_follows_the_main_weights(implementation):
     assert silent.encoder_giou_weight == 0.0
 
 
+def dn_detr(*flags):
+    return config_from_published_args(["--use_dn", *flags], implementation="dn-dab-deformable-detr")
+
+
+def test_denoising_of_dn_detr():
+    config = dn_detr(
+        *("--scalar", "7", "--label_noise_scale", "0.5", "--box_noise_scale", "0.3"),
+        *("--cls_loss_coef", "3", "--num_select", "20", "--no_aux_loss"),
+    )
+    model, loss = config.model, config.loss
+    assert (model.denoising, model.denoising_groups) == ("dn", 7)
+    assert (model.denoising_label_noise, model.denoising_box_noise) == (0.5, 0.3)
+    assert (loss.class_weight, loss.denoising_class_weight) == (3.0, 3.0)
+    assert not loss.auxiliary
+    assert config.eval.max_detections == 100  # --num_select is for its other models
+    assert config.data.root is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["-m", "dn_dab_detr"], "modelname dn_dab_detr: only dn_dab_deformable_detr"),
+        (["--contrastive"], "contrastive True: the published model fails"),
+        (["--two_stage"], "two_stage True"),
+        (["--num_patterns", "3"], "num_patterns 3"),
+        (["--scalar", "0"], "scalar 0"),
+        (["--pretrain_model_path", "https://x.org/a.pth"], "pretrain_model_path .*download"),
+    ],
+)
+def test_options_of_dn_detr_that_cannot_work_are_refused(flags, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        dn_detr(*flags)
+
+
+def test_dn_detr_needs_denoising():
+    with pytest.raises(ValueError, match="use_dn False: the published model fails without it"):
+        config_from_published_args([], implementation="dn-dab-deformable-detr")
+
+
+def dino(**keys):
+    return config_from_published_args([], implementation="dino", overrides=keys)
+
+
+@pytest.mark.parametrize(
+    ("number", "queries", "groups"),
+    [(100, 100, None), (50, 50, None), (49, 100, 98), (1, 100, 2)],
+)
+def test_denoising_of_dino(number, queries, groups):
+    model = dino(dn_number=number, dn_label_noise_ratio=0.25, dn_box_noise_scale=1.0).model
+    assert model.denoising == "contrastive"
+    assert (model.denoising_queries, model.denoising_groups) == (queries, groups)
+    assert (model.denoising_label_noise, model.denoising_box_noise) == (0.125, 1.0)
+    assert model.denoising_label_rows is None
+    assert dino(dn_labelbook_size=95).model.denoising_label_rows == 96
+
+
+def test_dino_without_denoising():
+    assert dino(use_dn=False, dn_number=0) == dino(use_dn=False)
+    assert dino(use_dn=False).model == replace(dino().model, denoising="none")
+    with pytest.raises(ValueError, match="dn_number 0: set use_dn False"):
+        dino(dn_number=0)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "encoder", "expected"),
+    [
+        ((True, True), (False, False), "decoder"),
+        ((True, True), (True, True), "all"),
+        ((False, False), (False, False), "none"),
+        ((True, False), (False, False), None),
+        ((True, True), (True, False), None),
+        ((False, False), (True, True), None),
+    ],
+)
+def test_heads_of_dino(decoder, encoder, expected):
+    keys = dict(
+        zip(("dec_pred_bbox_embed_share", "dec_pred_class_embed_share"), decoder, strict=True)
+    )
+    keys |= dict(
+        zip(("two_stage_bbox_embed_share", "two_stage_class_embed_share"), encoder, strict=True)
+    )
+    if expected is None:
+        with pytest.raises(ValueError, match="class and box heads are shared alike"):
+            dino(**keys)
+    else:
+        assert dino(**keys).model.head_sharing == expected
+
+
+def test_loss_average_and_data_of_dino():
+    config = dino(
+        interm_loss_coef=0.5,
+        bbox_loss_coef=4.0,
+        use_ema=True,
+        ema_decay=0.99,
+        use_detached_boxes_dec_out=True,
+        data_aug_scale_overlap=0.5,
+        param_dict_type="ddetr_in_mmdet",
+        num_classes=20,
+        num_select=70,
+    )
+    loss = config.loss
+    assert (loss.encoder_class_weight, loss.encoder_bbox_weight) == (0.5, 2.0)
+    assert loss.encoder_giou_weight == 1.0
+    assert (config.train.ema_decay, config.train.ema_warmup_steps) == (0.99, 0)
+    assert not config.model.look_forward_twice
+    assert (config.data.train_sizes[0], config.data.train_sizes[-1]) == (240, 400)
+    assert (config.data.test_size, config.data.max_size) == (400, 666)
+    assert config.data.crop_resize_sizes == (200, 250, 300)
+    assert (config.data.crop_min_size, config.data.crop_max_size) == (192, 300)
+    assert config.optimizer.reference_lr_factor == 0.1
+    assert (config.model.num_classes, config.eval.max_detections) == (20, 70)
+    boxless = dino(no_interm_box_loss=True).loss
+    assert (boxless.encoder_class_weight, boxless.encoder_bbox_weight) == (1.0, 0.0)
+    assert boxless.encoder_giou_weight == 0.0
+
+
+def test_keys_of_dino_from_a_mapping_a_file_and_options():
+    expected = dino(num_queries=30, lr=2e-4, data_aug_scales=[480, 512])
+    keys = {"num_queries": 30, "lr": 2e-4, "data_aug_scales": [480, 512], "dn_number": 100}
+    assert config_from_published_args(keys) == expected
+    options = ["num_queries=30", "lr=2e-4", "data_aug_scales=480,512", "frozen_weights=None"]
+    flags = ["--config_file", "config/DINO/DINO_4scale.py", "--options", *options]
+    assert config_from_published_args(flags, implementation="dino") == expected
+    # A Namespace holds the keys of its file, whatever its name.
+    stored = Namespace(**keys, config_file="mine.py", options={"lr": 2e-4}, local_rank=0)
+    assert config_from_published_args(stored) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["-c", "DINO_4scale_swin.py"], "backbone swin_L_384_22k: .* no Swin"),
+        (["-c", "DINO_4scale_convnext.py"], "backbone convnext_xlarge_22k: .* no ConvNeXt"),
+        (["-c", "DINO_5scale.py"], r"return_interm_indices \[0, 1, 2, 3\]: levels start"),
+        (["-c", "mine.py"], "config_file mine.py: known are DINO_4scale.py.* mapping"),
+        (["--lr", "1e-4"], "keys of the configuration file, not flags: lr"),
+        (["--scalar", "5"], r"scalar \(a flag of dn-dab-deformable-detr\)"),
+        (["--options", "lr"], "option 'lr' is not KEY=VALUE"),
+        (["--options", "colour=3"], "not arguments of the published dino: colour"),
+        (["--options", "dn_number=many"], "dn_number: expected int"),
+        (["--options", "lr_drop_list=1,x"], "lr_drop_list: expected int"),
+        (["--options", "param_dict_type=large_wd"], "param_dict_type large_wd"),
+        (["--options", "num_feature_levels=2"], "num_feature_levels 2"),
+    ],
+)
+def test_options_of_dino_that_cannot_work_are_refused(flags, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        config_from_published_args(flags, implementation="dino")
+
+
+@pytest.mark.parametrize(
+    ("implementation", "keys", "words"),
+    [
+        ("dino", {"amp": True}, "train.precision bfloat16"),
+        ("dino", {"position_embedding": "learned"}, "lr_backbone"),
+        ("dino", {"finetune_ignore": ["class_embed"]}, "finetune_ignore: dropped"),
+        ("dn-dab-deformable-detr", {"use_dn": True, "amp": True}, "train.precision bfloat16"),
+        ("dn-dab-deformable-detr", {"use_dn": True, "random_refpoints_xy": True}, "anchors only"),
+        ("deta", {"finetune": "a.pth"}, "class heads"),
+        ("deta", {"assign_first_stage": True}, "no effect without two_stage"),
+    ],
+)
+def test_options_of_later_detectors_that_change_or_go_are_reported(
+    implementation, keys, words, caplog
+):
+    with caplog.at_level(logging.WARNING, logger="msdetr.published"):
+        config = config_from_published_args(keys, implementation=implementation)
+    assert len(caplog.records) == 1
+    assert words in caplog.text
+    assert (config.train.precision == "bfloat16") == ("amp" in keys)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("second", [False, True])
+def test_stages_of_deta(first, second):
+    values = {"two_stage": True, "assign_first_stage": first, "assign_second_stage": second}
+    config = config_from_published_args(values)
+    assert config.model.proposal_content
+    assert config.model.proposal_nms_iou_threshold == (0.9 if first else None)
+    matches = (config.assignment.encoder_match, config.assignment.decoder_match)
+    assert matches == ("iou" if first else "predictions", "iou" if second else "hungarian")
+    assert config.eval.nms_iou_threshold == (0.7 if second else None)
+
+
+def test_options_of_deta():
+    config = config_from_published_args({"bigger": True, "finetune": "start.pth"})
+    assert not config.model.proposal_content  # without proposals
+    assert (config.data.train_sizes[0], config.data.train_sizes[-1]) == (720, 1200)
+    assert (config.data.test_size, config.data.max_size) == (1200, 2000)
+    assert config.weights == Path("start.pth")
+    resumed = config_from_published_args({"finetune": "start.pth", "resume": "last.pth"})
+    assert resumed.weights == Path("last.pth")
+    with pytest.raises(ValueError, match=r"assign_second_stage: .*needs two_stage"):
+        config_from_published_args({"assign_second_stage": True})
+
+
 @pytest.mark.parametrize(
     ("attribute", "expected"),
     [
@@ -331,10 +674,24 @@ def test_encoder_follows_the_main_weights(implementation):
         ("two_stage", "deformable-detr"),
         ("num_queries_one2one", "h-deformable-detr"),
         ("use_wandb", "h-deformable-detr"),
+        ("use_mqs", "dn-dab-deformable-detr"),
+        ("dn_number", "dino"),
+        ("config_file", "dino"),
+        ("bigger", "deta"),
+        # Set at run time by all of them, and an option of DN-DETR.
+        ("override_resumed_lr_drop", "deformable-detr"),
     ],
 )
 def test_implementation_is_told_by_its_own_flags(attribute, expected):
     assert infer_implementation(Namespace(lr=1e-4, **{attribute: False})) == expected
+
+
+@pytest.mark.parametrize("implementation", PUBLISHED_FLAGS)
+def test_implementation_is_told_by_all_stored_arguments(implementation):
+    flags = PUBLISHED_FLAGS[implementation]
+    values = {name: flag.default for name, flag in flags.items()}
+    stored = Namespace(**values | {"local_rank": 0, "override_resumed_lr_drop": True})
+    assert infer_implementation(stored) == implementation
 
 
 @pytest.mark.parametrize(
@@ -390,7 +747,7 @@ def test_unknown_and_unsupported_flags_are_refused(flags, complaint):
 def test_a_flag_of_another_command_line_is_named_as_such():
     with pytest.raises(ValueError, match=r"use_aux_ffn \(a flag of ms-detr\)"):
         config_from_published_args(["--use_aux_ffn"], implementation="ms-detr-impl-a")
-    with pytest.raises(ValueError, match=r"num_queries \(a flag of ms-detr, .*deformable-detr\)"):
+    with pytest.raises(ValueError, match=r"num_queries \(a flag of ms-detr, .*deta\)"):
         config_from_published_args(Namespace(num_queries_one2one=300, num_queries=300))
     with pytest.raises(ValueError, match=r"topk \(a flag of h-deformable-detr\)"):
         config_from_published_args(["--topk", "100"])

@@ -541,6 +541,12 @@ class RunConfig:
         require_at_least(0, self, "seed")
         if self.resume is not None and self.weights is not None:
             raise ValueError("resume continues a run, weights starts a new one: give one of them")
+        starts_at_points = not self.model.two_stage and self.model.query_position == "initial"
+        if self.assignment.decoder_match == "iou" and starts_at_points:
+            raise ValueError(
+                "assignment.decoder_match='iou' reads the boxes from which queries start: it needs "
+                "model.two_stage, or model.query_position 'box' or 'box_content'"
+            )
         if self.parallel == "fsdp" and self.compile.cuda_graphs:
             raise ValueError(
                 "compile.cuda_graphs needs parallel ddp: shards are gathered to addresses that "

@@ -59,7 +59,7 @@ class Collate:
 
     def _targets(self, samples: Sequence[Sample]) -> Targets:
         count = torch.tensor([len(sample.labels) for sample in samples])
-        slots = self._target_slots(int(count.max()))
+        slots = self.target_slots(int(count.max()))
         labels = torch.zeros(len(samples), slots, dtype=torch.int64)
         boxes = torch.zeros(len(samples), slots, 4)
         for i, sample in enumerate(samples):
@@ -67,7 +67,8 @@ class Collate:
             boxes[i, : len(sample.labels)] = sample.boxes
         return Targets(labels, boxes, count)
 
-    def _target_slots(self, count: int) -> int:
+    def target_slots(self, count: int) -> int:
+        """Slots per image of a batch with at most `count` targets per image."""
         for bucket in self.target_buckets:
             if count <= bucket:
                 return bucket

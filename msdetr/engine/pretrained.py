@@ -87,8 +87,8 @@ def load_detector(path: Path) -> LoadedDetector:
 def start_from_weights(model: Detector, path: Path, config: RunConfig) -> list[str]:
     """Load the weights of a file into a new model.
 
-    Class heads with another number of classes keep their initialisation, with a warning. All other
-    weights must fit.
+    Class heads and label embeddings for another number of classes keep their initialisation, with a
+    warning. All other weights must fit.
 
     Returns:
         The names of the parameters that keep their initialisation.
@@ -100,7 +100,7 @@ def start_from_weights(model: Detector, path: Path, config: RunConfig) -> list[s
     own = model.state_dict()
     fresh = [
         name
-        for name in _class_head_names(model)
+        for name in _names_with_classes(model)
         if name in state_dict
         and len(state_dict[name]) != len(own[name])
         and state_dict[name].shape[1:] == own[name].shape[1:]
@@ -117,8 +117,15 @@ def start_from_weights(model: Detector, path: Path, config: RunConfig) -> list[s
     return fresh
 
 
-def _class_head_names(model: Detector) -> list[str]:
+def _names_with_classes(model: Detector) -> list[str]:
+    """Parameters with a row per class, those of class heads first."""
     heads = model.heads
-    modules = (heads.class_embed, heads.group_class_embed, heads.one_to_many_class_embed)
+    modules = (
+        heads.class_embed,
+        heads.group_class_embed,
+        heads.one_to_many_class_embed,
+        model.denoising,
+    )
     found = {id(p) for module in modules if module is not None for p in module.parameters()}
-    return [name for name, parameter in model.named_parameters() if id(parameter) in found]
+    names = [name for name, parameter in model.named_parameters() if id(parameter) in found]
+    return sorted(names, key=lambda name: not name.startswith("heads."))

@@ -27,7 +27,7 @@ def seed_initialization(seed: int) -> None:
 
 
 def seed_step(seed: int, step: int, rank: int, generator: torch.Generator) -> None:
-    """Seed dropout (PyTorch's default generators) and `generator` (one-to-many priorities).
+    """Seed dropout (PyTorch's default generators) and `generator` (denoising and matchers).
 
     Seeding a CUDA generator happens on the host, without work for the device.
     """

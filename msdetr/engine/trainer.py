@@ -176,8 +176,9 @@ class Trainer:
         started = time.perf_counter()
         sizes = set()
         for batch in warm_up_batches(self.config, self.train_data, self.worker):
-            one = torch.ones((), device=self.worker.device)
-            self._run_micro_batch(to_device(batch, self.worker.device), TargetCount(one, one))
+            # Two tensors, as in a step: one tensor twice would be another graph.
+            count = TargetCount(*(torch.ones((), device=self.worker.device) for _ in range(2)))
+            self._run_micro_batch(to_device(batch, self.worker.device), count)
             self.optimizer.zero_grad(set_to_none=self.graphs is None)
             sizes.add(batch.images.pixels.shape)
         if sizes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -17,17 +18,28 @@ from msdetr.structures import Batch
 
 
 def warm_up_batches(config: RunConfig, data: DetectionDataset, worker: Worker) -> Iterator[Batch]:
-    """A micro-batch of black images for each image bucket of the run. All ranks call it."""
-    buckets = train_image_buckets(config, data, world_size=worker.world_size)
-    # Two numbers of targets are enough: from the second on, graphs accept any.
-    smallest, *larger = config.data.target_buckets
-    shapes = [(size, smallest) for size in buckets]
-    shapes += [(size, num_targets) for size in buckets[:1] for num_targets in larger[:1]]
+    """A micro-batch of black images for each shape of the run. All ranks call it."""
+    collate = Collate(
+        config.data.pad_multiple,
+        config.data.target_buckets,
+        train_image_buckets(config, data, world_size=worker.world_size),
+    )
+    if config.model.denoising == "none":
+        # Two numbers of targets are enough: from the second on, graphs accept any.
+        smallest, *larger = config.data.target_buckets
+        shapes = [(size, smallest) for size in collate.image_buckets]
+        shapes += [(size, slots) for size in collate.image_buckets[:1] for slots in larger[:1]]
+    else:  # Each number of slots has denoising queries of its own.
+        most = int(data.annotations.table.box_offsets.diff().max())
+        all_slots = sorted({collate.target_slots(count) for count in range(most + 1)})
+        shapes = list(itertools.product(collate.image_buckets, all_slots))
     for size, num_targets in shapes:
-        yield _blank_batch(config, worker, size, num_targets)
+        yield _blank_batch(config, worker, collate, size, num_targets)
 
 
-def _blank_batch(config: RunConfig, worker: Worker, size: Size, num_targets: int) -> Batch:
+def _blank_batch(
+    config: RunConfig, worker: Worker, collate: Collate, size: Size, num_targets: int
+) -> Batch:
     sample = Sample(
         pixels=torch.zeros(3, *size, dtype=torch.uint8),
         labels=torch.zeros(num_targets, dtype=torch.int64),
@@ -40,5 +52,4 @@ def _blank_batch(config: RunConfig, worker: Worker, size: Size, num_targets: int
         world_size=worker.world_size,
         accumulation_steps=config.train.accumulation_steps,
     )
-    collate = Collate(config.data.pad_multiple, config.data.target_buckets, (size,))
     return collate([sample] * count)

@@ -130,6 +130,8 @@ class Criterion(nn.Module):
             normalizer = (count * repeated).clamp(min=1.0)
             for term, weight in objective.weights.items():
                 values = LOSS_TERMS[term](inputs) / normalizer
+                if objective.needs_targets:
+                    values = torch.where(count > 0, values, 0.0)
                 weighted.append(weight * values.sum())
                 terms[f"{objective.branch}/{term}"] = values.detach()
         return LossOutput(torch.stack(weighted).sum(), terms)

@@ -204,8 +204,7 @@ class FixedPairs:
     """The pairs of denoising queries: query t of a group restores target t.
 
     The queries after the first T are negatives, which learn background. Empty slots carry no loss
-    in DN-DETR; where there are negatives (DINO), they learn background, too. A batch without any
-    target has no loss.
+    in DN-DETR; where there are negatives (DINO), they learn background, too.
     """
 
     def __call__(self, branch: Branch, targets: Targets, context: MatchContext) -> Assignment:
@@ -219,7 +218,6 @@ class FixedPairs:
         target_class = torch.where(targets.mask, targets.labels, no_object)
         negatives = target_class.new_full((batch, num_negatives), no_object)
         target_class = torch.cat((target_class, negatives), dim=1)
-        target_class = torch.where(targets.count.sum() > 0, target_class, IGNORED)
         fields = (query_index[..., None], targets.mask[..., None], target_class)
         return Assignment(*(x.expand(num_layers, *x.shape) for x in fields))
 

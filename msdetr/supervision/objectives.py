@@ -36,6 +36,8 @@ class Objective:
     per_process: bool = False
     """Losses are divided by the targets of this process instead of the mean over processes
     (DN-DETR)."""
+    needs_targets: bool = False
+    """No loss in a step without any target (denoising queries, which then stand for nothing)."""
     last_layer_only: bool = False
     """Supervise the last layer of the branch instead of all layers."""
 
@@ -69,6 +71,7 @@ def build_objectives(assignment: AssignmentConfig, loss: LossConfig) -> tuple[Ob
             targets_repeated=assignment.hybrid_k if branch == "hybrid" else 1,
             sum_groups=loss.sum_group_losses and branch not in ("denoising", "contrastive"),
             per_process=branch == "denoising",
+            needs_targets=branch == "contrastive",
             last_layer_only=not loss.auxiliary,
         )
         for branch, matcher in matchers.items()

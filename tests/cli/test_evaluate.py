@@ -12,11 +12,12 @@ import torch
 from engine.helpers import tiny_config, write_shapes
 
 from msdetr.cli import evaluate
-from msdetr.config import EvalConfig, ModelConfig, TrainConfig
+from msdetr.config import EvalConfig, TrainConfig
 from msdetr.engine.distributed import Worker
 from msdetr.engine.run import build_trainer
 from msdetr.model.checkpoint_adapter import ours_to_published
 from msdetr.model.detector import build_detector
+from msdetr.published import config_from_published_args
 from msdetr.weights import load_weights, save_weights
 
 
@@ -95,26 +96,22 @@ def test_suppression_is_an_option(run: Path, shapes: Path, tmp_path: Path) -> No
     assert len(read(tmp_path, "results.json")) < 5 * 7
 
 
-def test_published_checkpoint(shapes: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"use_dn": True, "scalar": 2},
+        {"dn_number": 12},
+        {"assign_first_stage": True, "assign_second_stage": True, "two_stage": True},
+    ],
+    ids=["deformable-detr", "dn-detr", "dino", "deta"],
+)
+def test_published_checkpoint(shapes: Path, tmp_path: Path, given: dict[str, object]) -> None:
     # Its labels are category ids: 5, 6 and 7 here.
-    config = ModelConfig(
-        backbone_weights="none",
-        num_classes=91,
-        hidden_dim=16,
-        num_heads=2,
-        num_encoder_layers=1,
-        num_decoder_layers=1,
-        feedforward_dim=32,
-        num_queries=8,
-        decoder_order="self_cross",
-        one_to_many="none",
-        one_to_many_ffn=False,
-        two_stage=False,
-        box_refine=False,
-    )
     sizes = {"hidden_dim": 16, "nheads": 2, "dim_feedforward": 32, "num_queries": 8}
-    args = argparse.Namespace(enc_layers=1, dec_layers=1, **sizes)
-    model = build_detector(config)
+    args = argparse.Namespace(enc_layers=1, dec_layers=1, **sizes, **given)
+    config = config_from_published_args(args).model
+    model = build_detector(config, initialize_backbone=False)
     path = tmp_path / "published.pth"
     content = {"model": ours_to_published(model.state_dict(), config), "args": args, "epoch": 49}
     torch.save(content, path)

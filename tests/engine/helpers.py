@@ -54,13 +54,51 @@ _ALONE: dict[str, Any] = {
     "one_to_many": "none",
     "one_to_many_ffn": False,
 }
-EXTRA_QUERIES = {
+_MS_CONTRASTIVE = dataclasses.replace(TINY_MODEL, denoising="contrastive", denoising_groups=2)
+RELATIVES = {
     "hybrid": dataclasses.replace(_MS_HYBRID, **_ALONE),
     "group": dataclasses.replace(_MS_GROUP, **_ALONE),
     "ms-hybrid": _MS_HYBRID,
     "ms-group": _MS_GROUP,
+    "ms-contrastive": _MS_CONTRASTIVE,
+    "ms-dn": dataclasses.replace(TINY_MODEL, denoising="dn", denoising_groups=3),
+    "ms-group-contrastive": dataclasses.replace(
+        _MS_GROUP, denoising="contrastive", denoising_groups=2
+    ),
+    "dino": dataclasses.replace(
+        _MS_CONTRASTIVE,
+        query_position="box",
+        proposal_score="best_class",
+        head_sharing="decoder",
+        decoder_norm=True,
+        **_ALONE,
+    ),
+    "dn-one-stage": dataclasses.replace(
+        TINY_MODEL,
+        query_position="box_content",
+        denoising="dn",
+        denoising_groups=3,
+        two_stage=False,
+        mixed_selection=False,
+        look_forward_twice=False,
+        **_ALONE,
+    ),
+    "deta": dataclasses.replace(
+        TINY_MODEL,
+        mixed_selection=False,
+        proposal_nms_iou_threshold=0.9,
+        proposal_content=True,
+        **_ALONE,
+    ),
 }
-"""Small models with extra queries, with and without one-to-many supervision."""
+"""Small models of the relatives, with and without one-to-many supervision."""
+
+
+def assignment_of(model: ModelConfig, **fields: Any) -> AssignmentConfig:
+    """The assignment of a model's family."""
+    if model.proposal_nms_iou_threshold is not None:
+        fields |= {"decoder_match": "iou", "encoder_match": "iou"}
+    return AssignmentConfig(**fields)
 
 
 def tiny_config(data_root: Path, output: Path, **changes: object) -> RunConfig:
@@ -89,13 +127,19 @@ def tiny_config(data_root: Path, output: Path, **changes: object) -> RunConfig:
 def deterministic_config(
     data: Path, output: Path, model: ModelConfig = TINY_MODEL, **train: Any
 ) -> RunConfig:
-    """Four steps without random numbers per rank: no dropout, no augmentation, all one-to-many
+    """Four steps without random numbers per rank: no dropout, no augmentation, no noise, all
     positives kept. `train` replaces fields of the training loop."""
     return tiny_config(
         data,
         output,
-        model=dataclasses.replace(model, num_classes=None, dropout=0.0),
-        assignment=AssignmentConfig(positive_fraction=1.0),
+        model=dataclasses.replace(
+            model,
+            num_classes=None,
+            dropout=0.0,
+            denoising_label_noise=0.0,
+            denoising_box_noise=0.0,
+        ),
+        assignment=assignment_of(model, positive_fraction=1.0, encoder_max_positives=10**6),
         data=DataConfig(
             root=data,
             augmentation="none",

@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from engine.helpers import deterministic_config
+from engine.helpers import assignment_of, deterministic_config
 from model.helpers import image_batch, tiny_config
 from scenes import padded_targets, random_boxes
 from torch import Tensor, nn
 
-from msdetr.config import AssignmentConfig, CompileConfig, LossConfig, RunConfig
+from msdetr.config import CompileConfig, LossConfig, RunConfig
 from msdetr.engine import compile as compile_module
 from msdetr.engine import trainer as trainer_module
 from msdetr.engine.compile import (
@@ -54,13 +55,15 @@ class Step(NamedTuple):
 def new_step(**changes: object) -> tuple[Detector, Criterion]:
     """A detector in training mode, and a criterion without random numbers."""
     torch.manual_seed(0)
-    model = build_detector(tiny_config(**changes)).train()
+    config = tiny_config(**changes)
+    model = build_detector(config).train()
     # Heads start at zero, so that errors of the layers before them would not show.
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.05)
-    return model, Criterion(AssignmentConfig(positive_fraction=1.0), LossConfig())
+    assignment = assignment_of(config, positive_fraction=1.0, encoder_max_positives=10**6)
+    return model, Criterion(assignment, LossConfig())
 
 
 def images_of(*sizes: tuple[int, int], padded: tuple[int, int] = (64, 64)) -> ImageBatch:
@@ -86,12 +89,12 @@ def run(
     model.zero_grad(set_to_none=True)
     device = images.pixels.device
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        output = model(images)
-    queries = output.branches["one_to_one"].predictions.logits.shape[:3]
+        noise = model.draw_noise(targets, torch.Generator(device).manual_seed(3))
+        output = model(images, targets, noise)
     losses = criterion(
         output,
         targets,
-        priority={"one_to_many": torch.zeros(queries, device=device)},
+        priority=criterion.draw_priority(output),  # All positives are kept.
         num_targets=TargetCount(targets.count.sum(), targets.count.sum()),
     )
     losses.total.backward()
@@ -149,6 +152,35 @@ VARIANTS = {
         "one_to_many": "none",
         "one_to_many_ffn": False,
     },
+    "dino": {
+        "denoising": "contrastive",
+        "denoising_groups": 2,
+        "query_position": "box",
+        "mixed_selection": True,
+        "look_forward_twice": True,
+        "proposal_score": "best_class",
+        "head_sharing": "decoder",
+        "decoder_norm": True,
+        "decoder_order": "self_cross",
+        "one_to_many": "none",
+        "one_to_many_ffn": False,
+    },
+    "denoising in one stage": {
+        "denoising": "dn",
+        "query_position": "box_content",
+        "two_stage": False,
+        "decoder_order": "self_cross",
+        "one_to_many": "none",
+        "one_to_many_ffn": False,
+    },
+    "deta": {
+        "proposal_nms_iou_threshold": 0.9,
+        "proposal_content": True,
+        "decoder_order": "self_cross",
+        "one_to_many": "none",
+        "one_to_many_ffn": False,
+    },
+    "ms-detr with denoising": {"denoising": "contrastive", "mixed_selection": True},
     "groups in two stages": {
         "extra_queries": "group",
         "num_groups": 3,
@@ -234,6 +266,21 @@ def test_no_recompilation_once_every_bucket_was_met():
         for i, counts in enumerate(((0, 0), (8, 2), (1, 7))):
             for j, slots in enumerate((8, 16, 32)):
                 images = images_of((40, 61), (64, 33), padded=buckets[(i + j) % 3])
+                run(model, criterion, images, targets_of(*counts, slots=slots))
+    assert num_graphs() == warm
+
+
+def test_no_recompilation_with_denoising():
+    model, criterion = new_step(denoising="contrastive", denoising_queries=20)
+    compile_step(model, criterion, backend="eager")
+    shapes = list(itertools.product(((64, 64), (64, 96)), (8, 16, 32)))
+    for padded, slots in shapes:
+        run(model, criterion, images_of(padded=padded), targets_of(3, 1, slots=slots))
+    warm = num_graphs()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for padded, slots in shapes:
+            for counts in ((0, 0), (8, 2)):
+                images = images_of((40, 61), (64, 33), padded=padded)
                 run(model, criterion, images, targets_of(*counts, slots=slots))
     assert num_graphs() == warm
 

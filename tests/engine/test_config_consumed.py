@@ -19,7 +19,7 @@ from msdetr import config
 
 PACKAGE = Path(msdetr.__file__).parent
 # These define, choose and convert configurations, but do not act on them.
-NOT_CONSUMERS = ("config", "presets.py", "published.py")
+NOT_CONSUMERS = ("config", "presets.py", "published")
 SECTIONS = {"RunConfig": "config"} | {
     str(field.type): field.name
     for field in dataclasses.fields(config.RunConfig)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from engine.helpers import EXTRA_QUERIES, TINY_MODEL, tiny_config
+from engine.helpers import RELATIVES, TINY_MODEL, tiny_config
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -105,8 +105,12 @@ def capturing(config: RunConfig) -> tuple[Trainer, Capture]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"model": EXTRA_QUERIES["ms-group"], "accumulation_steps": 2, "ema_decay": 0.5}],
-    ids=["plain", "groups and parts"],
+    [
+        {},
+        {"model": RELATIVES["ms-group"], "accumulation_steps": 2, "ema_decay": 0.5},
+        {"model": RELATIVES["ms-contrastive"], "accumulation_steps": 2},
+    ],
+    ids=["plain", "groups and parts", "denoising and parts"],
 )
 def test_replayed_steps_are_the_steps(shapes: Path, tmp_path: Path, options: dict[str, Any]):
     plain = build_trainer(config(shapes, tmp_path / "plain", optimizer="sgd", **options), WORKER)

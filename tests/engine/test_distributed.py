@@ -9,7 +9,7 @@ import pytest
 import torch
 from engine.helpers import (
     BATCH_SIZE,
-    EXTRA_QUERIES,
+    RELATIVES,
     SEED,
     TINY_MODEL,
     assert_same_within_rounding,
@@ -30,11 +30,14 @@ from msdetr.weights import load_weights
 WORKER = Worker(device=torch.device("cpu"))
 NUM_TRAIN = 12
 _KINDS = ("ddp", "ddp-parts", "fsdp", "fsdp-parts", "ddp-compiled", "fsdp-compiled")
-_EXTRA_KINDS = {
+_RELATIVE_KINDS = {
     "ddp-ms-hybrid": "ms-hybrid",
     "fsdp-hybrid-parts": "hybrid",
     "ddp-group-parts": "group",
     "fsdp-ms-group": "ms-group",
+    "ddp-ms-contrastive-parts": "ms-contrastive",
+    "fsdp-dino": "dino",
+    "ddp-deta": "deta",
 }
 
 
@@ -55,7 +58,7 @@ class Results:
     single: dict[str, Any]
     """The run of one process."""
     singles: dict[str, dict[str, Any]]
-    """Those of models with extra queries."""
+    """Those of the relatives."""
     ranks: list[dict[str, Any]]
 
 
@@ -67,7 +70,7 @@ def run_config(data: Path, folder: Path, name: str) -> RunConfig:
         train |= {"accumulation_steps": 2, "activation_checkpointing": "all"}
     if name == "fsdp":
         train |= {"checkpoint_every": 2, "eval_every": 1}  # Training continues after an evaluation.
-    model = EXTRA_QUERIES.get(_EXTRA_KINDS.get(name, name), TINY_MODEL)
+    model = RELATIVES.get(_RELATIVE_KINDS.get(name, name), TINY_MODEL)
     if model is not TINY_MODEL:
         train["max_steps"] = 2
     config = deterministic_config(data, folder / name, model, **train)
@@ -93,8 +96,11 @@ def results(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("runs")
     single = train_run(WORKER, run_config(data, folder, "single"))
     write_file_of_earlier_version(folder)
-    singles = {name: train_run(WORKER, run_config(data, folder, name)) for name in EXTRA_QUERIES}
-    configs = {name: run_config(data, folder, name) for name in (*_KINDS, *_EXTRA_KINDS)}
+    singles = {
+        name: train_run(WORKER, run_config(data, folder, name))
+        for name in set(_RELATIVE_KINDS.values())
+    }
+    configs = {name: run_config(data, folder, name) for name in (*_KINDS, *_RELATIVE_KINDS)}
     halfway = folder / "fsdp" / "checkpoints" / "step-00000002"
     configs |= {f"{kind}-bfloat16": bfloat16_config(data, folder, kind) for kind in ("ddp", "fsdp")}
     configs["fsdp resumed"] = resumed(configs["fsdp"], folder / "fsdp resumed", halfway)
@@ -128,13 +134,13 @@ def write_file_of_earlier_version(folder: Path) -> None:
     torch.save(content | vars(checkpoint.progress), folder / "file.pt")
 
 
-@pytest.mark.parametrize("name", [*_KINDS, *_EXTRA_KINDS])
+@pytest.mark.parametrize("name", [*_KINDS, *_RELATIVE_KINDS])
 def test_two_processes_are_one(results: Results, name: str) -> None:
     first, second = (rank[name] for rank in results.ranks)
     expected = results.single
-    if name in _EXTRA_KINDS:
-        expected = results.singles[_EXTRA_KINDS[name]]
-    assert len(expected["image_ids"]) == (2 if name in _EXTRA_KINDS else 4)
+    if name in _RELATIVE_KINDS:
+        expected = results.singles[_RELATIVE_KINDS[name]]
+    assert len(expected["image_ids"]) == (2 if name in _RELATIVE_KINDS else 4)
     assert sum(second["targets"][1]) == 0
     assert sum(first["targets"][1]) > 0
     for step, image_ids in enumerate(expected["image_ids"]):

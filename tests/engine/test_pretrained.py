@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.helpers import EXTRA_QUERIES, TINY_MODEL, tiny_config
+from engine.helpers import RELATIVES, TINY_MODEL, tiny_config
 
 from msdetr.annotations.labels import LabelMap
 from msdetr.config import ModelConfig, RunConfig, config_to_dict
@@ -52,10 +52,22 @@ def write(model: Detector, folder: Path, kind: str) -> Path:
         ("weights", TINY_MODEL),
         ("checkpoint", TINY_MODEL),
         ("ema", TINY_MODEL),
-        ("weights", EXTRA_QUERIES["ms-hybrid"]),
-        ("ema", EXTRA_QUERIES["ms-group"]),
+        ("weights", RELATIVES["ms-hybrid"]),
+        ("ema", RELATIVES["ms-group"]),
+        ("weights", RELATIVES["dino"]),
+        ("weights", RELATIVES["dn-one-stage"]),
+        ("ema", RELATIVES["deta"]),
     ],
-    ids=["weights", "checkpoint", "ema", "weights of ms-hybrid", "ema of ms-group"],
+    ids=[
+        "weights",
+        "checkpoint",
+        "ema",
+        "weights of ms-hybrid",
+        "ema of ms-group",
+        "weights of dino",
+        "weights of dn",
+        "ema of deta",
+    ],
 )
 def test_a_detector_comes_back_from_its_files(
     tmp_path: Path, kind: str, config: ModelConfig
@@ -132,7 +144,7 @@ def test_files_that_hold_no_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_config", "group_heads"), [(TINY_MODEL, 0), (EXTRA_QUERIES["group"], 2)]
+    ("model_config", "group_heads"), [(TINY_MODEL, 0), (RELATIVES["group"], 2)]
 )
 def test_other_classes_start_fresh(
     tmp_path: Path,

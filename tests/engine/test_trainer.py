@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from engine.helpers import EXTRA_QUERIES, TINY_MODEL, tiny_config
+from engine.helpers import RELATIVES, TINY_MODEL, assignment_of, tiny_config
 
 from msdetr.config import (
-    AssignmentConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
@@ -131,17 +130,25 @@ def test_training_learns(shapes: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stop", "model"),
-    [(2, EXTRA_QUERIES["ms-hybrid"]), (3, TINY_MODEL), (4, EXTRA_QUERIES["ms-group"])],
-    ids=["2, ms-hybrid", "3, ms-detr", "4, ms-group"],
+    ("stop", "name"),
+    [
+        (2, "ms-hybrid"),
+        (3, "ms-detr"),
+        (4, "ms-group"),
+        (2, "dino"),
+        (3, "ms-dn"),
+        (4, "deta"),
+    ],
 )
-def test_resume_is_exact(shapes: Path, tmp_path: Path, stop: int, model: ModelConfig) -> None:
-    # Dropout, flips, sizes, order and one-to-many draws are all random here.
+def test_resume_is_exact(shapes: Path, tmp_path: Path, stop: int, name: str) -> None:
+    # Dropout, flips, sizes, order, noise and the draws of matchers are all random here.
+    model = RELATIVES.get(name, TINY_MODEL)
     ema = {"ema_decay": 0.9, "ema_warmup_steps": 2}
     straight = tiny_config(
         shapes,
         tmp_path / "straight",
         model=dataclasses.replace(model, num_classes=None),
+        assignment=assignment_of(model),
         train=train_config(max_steps=5, **ema),
     )
     stopped = dataclasses.replace(
@@ -476,7 +483,7 @@ _VARIANTS = {
         look_forward_twice=False,
     ),
     "learned positions": dataclasses.replace(TINY_MODEL, position_embedding="learned"),
-    **EXTRA_QUERIES,
+    **RELATIVES,
 }
 
 
@@ -491,8 +498,8 @@ def test_every_parameter_gets_a_gradient(
     images = ImageBatch(torch.randn(1, 3, 64, 64), torch.tensor([[64, 64]]))
     boxes = torch.rand(1, 8, 4) * 0.3 + 0.2
     targets = Targets(torch.zeros(1, 8, dtype=torch.int64), boxes, torch.tensor([num_targets]))
-    criterion = Criterion(AssignmentConfig(), LossConfig(auxiliary=auxiliary))
-    criterion(model(images), targets).total.backward()
+    criterion = Criterion(assignment_of(model_config), LossConfig(auxiliary=auxiliary))
+    criterion(model(images, targets), targets).total.backward()
     without = [name for name, p in model.named_parameters() if p.grad is None]
     assert without == []
 

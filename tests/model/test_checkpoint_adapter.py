@@ -27,6 +27,7 @@ from msdetr.model.detector import build_detector
 from msdetr.published import (
     PUBLISHED_FLAGS,
     PUBLISHED_NUM_PROCESSES,
+    STARTING_POINTS,
     config_from_published_args,
 )
 from msdetr.structures import ImageBatch
@@ -51,7 +52,8 @@ def golden_namespace(case: dict) -> Namespace:
         name = flag.removeprefix("--")
         values[name] = True if flags[name].type is bool else flags[name].type(next(given))
     world_size = PUBLISHED_NUM_PROCESSES[case["implementation"]]
-    return Namespace(**values | case["overrides"], world_size=world_size, rank=0, gpu=0)
+    added = {"world_size": world_size, "rank": 0, "gpu": 0}
+    return Namespace(**values | case["overrides"] | added)
 
 
 def published_state(case: dict, *, full_size: bool = False) -> dict[str, torch.Tensor]:
@@ -92,8 +94,9 @@ def test_round_trip_keeps_every_published_tensor(name):
 @golden
 def test_canonical_names_are_those_of_the_recorded_gradients(name):
     case = GOLDEN_MODELS[name]
-    ours = published_to_ours(published_state(case), golden_config(case).model)
-    names = [published_name(key) for key in ours]
+    config = golden_config(case).model
+    ours = published_to_ours(published_state(case), config)
+    names = [published_name(key, config) for key in ours]
     assert len(set(names)) == len(names)
     assert set(names) >= {canonical_name(key, case) for key in case["grad_norms"]}
 
@@ -145,6 +148,27 @@ ONE_STAGE_SHARED = replace(
 OUTPUT = replace(SMALL, decoder_order="self_cross", one_to_many="output", one_to_many_ffn=False)
 HYBRID = replace(OUTPUT, one_to_many="none", extra_queries="hybrid", num_hybrid_queries=9)
 GROUP = replace(HYBRID, extra_queries="group", proposal_score="best_class")
+DN = replace(
+    ONE_STAGE_SHARED,
+    box_refine=True,
+    query_position="box_content",
+    denoising="dn",
+    logit_eps=1e-3,
+)
+DINO = replace(
+    HYBRID,
+    extra_queries="none",
+    proposal_score="best_class",
+    query_position="box",
+    mixed_selection=True,
+    denoising="contrastive",
+    head_sharing="decoder",
+    decoder_norm=True,
+    position_temperature=20.0,
+    position_offset=1.0,
+    logit_eps=1e-3,
+)
+DETA = replace(HYBRID, extra_queries="none", num_levels=5, proposal_content=True)
 VARIANTS = {
     "internal": SMALL,
     "internal without ffn": replace(SMALL, one_to_many_ffn=False),
@@ -165,6 +189,13 @@ VARIANTS = {
     ),
     "one level": replace(SMALL, num_levels=1),
     "five levels": replace(SMALL, num_levels=5),
+    "dn": DN,
+    "dino": DINO,
+    "dino, a head per layer": replace(DINO, head_sharing="none"),
+    "dino, one head": replace(DINO, head_sharing="all"),
+    "dino, more labels": replace(DINO, denoising_label_rows=9, look_forward_twice=True),
+    "deta": replace(DETA, proposal_nms_iou_threshold=0.9),
+    "deta, shared heads": replace(DETA, box_refine=False),
 }
 
 
@@ -182,7 +213,7 @@ def test_every_variant_survives_the_round_trip(variant):
     ours = numbered_state(config)
     published = ours_to_published(ours, config)
     assert_same_tensors(published_to_ours(published, config), ours)
-    assert {published_name(key) for key in ours} <= published.keys()
+    assert {published_name(key, config) for key in ours} <= published.keys()
 
 
 def head_layers(published, family: str) -> set[str]:
@@ -199,6 +230,46 @@ def test_shared_heads_are_listed_for_every_layer():
     # Without refinement the decoder does not know the box heads.
     assert head_layers(published, "transformer.decoder.bbox_embed") == set()
     assert published["class_embed.3.bias"] == published["class_embed.0.bias"]
+
+
+@pytest.mark.parametrize("sharing", ["none", "decoder", "all"])
+def test_heads_of_dino(sharing):
+    config = replace(DINO, head_sharing=sharing)
+    published = ours_to_published(numbered_state(config), config)
+    for family in ("class_embed", "bbox_embed"):
+        assert head_layers(published, family) == {"0", "1", "2"}
+        assert head_layers(published, f"transformer.decoder.{family}") == {"0", "1", "2"}
+    first, second = (published[f"class_embed.{layer}.bias"] for layer in range(2))
+    encoder = published["transformer.enc_out_class_embed.bias"]
+    assert (first == second) == (sharing != "none")
+    assert (first == encoder) == (sharing == "all")
+    index = {"none": 3, "decoder": 1, "all": 0}[sharing]
+    canonical = published_name(f"heads.class_embed.{index}.bias", config)
+    if sharing == "all":
+        assert canonical == "class_embed.0.bias"
+    else:
+        assert canonical == "transformer.enc_out_class_embed.bias"
+    with pytest.raises(ValueError, match=f"class_embed.{index + 1}.bias: .*no head of this index"):
+        published_name(f"heads.class_embed.{index + 1}.bias", config)
+
+
+def test_a_head_too_many_is_not_lost():
+    with pytest.raises(ValueError, match=r"class_embed\.4\.bias: .*no head of this index"):
+        ours_to_published({"heads.class_embed.4.bias": torch.zeros(5)}, SMALL)
+
+
+def test_dino_without_denoising_keeps_its_unused_label_embedding_aside():
+    config = replace(DINO, denoising="none")
+    ours = {name: torch.ones(5, 32) for name in numbered_state(config)}
+    published = ours_to_published(ours, config)
+    # The published model demands one.
+    assert torch.equal(published["label_enc.weight"], torch.zeros(6, 32))
+    known, ignored = split_ignored(published, config)
+    assert ignored.keys() == {"label_enc.weight"}
+    assert "label_enc.weight" not in known
+    assert_same_tensors(published_to_ours(published, config), ours)
+    assert "denoising.label_embed.weight" in published_to_ours(published, DINO)
+    assert "denoising.label_embed.weight" in published_to_ours(published, SMALL)
 
 
 def test_implementation_a_lists_its_box_heads_three_times():
@@ -246,6 +317,34 @@ def test_names(ours, published):
     assert published_to_ours({published: tensor}, SMALL) == {ours: tensor}
 
 
+@pytest.mark.parametrize(
+    ("config", "ours", "published"),
+    [
+        (DN, "query_selection.query_embed.weight", "tgt_embed.weight"),
+        (DN, "query_selection.anchors.weight", "refpoint_embed.weight"),
+        (DN, "denoising.label_embed.weight", "label_enc.weight"),
+        (
+            DN,
+            "decoder.query_position.query_scale.layers.1.bias",
+            "transformer.decoder.query_scale.layers.1.bias",
+        ),
+        (DINO, "query_selection.query_embed.weight", "transformer.tgt_embed.weight"),
+        (DINO, "decoder.norm.bias", "transformer.decoder.norm.bias"),
+        (
+            DINO,
+            "decoder.query_position.ref_point_head.layers.0.weight",
+            "transformer.decoder.ref_point_head.layers.0.weight",
+        ),
+        (DETA, "query_selection.pix_trans_norm.bias", "transformer.pix_trans_norm.bias"),
+    ],
+)
+def test_names_of_later_detectors(config, ours, published):
+    assert published_name(ours, config) == published
+    tensor = torch.zeros(1)
+    assert published_to_ours({published: tensor}, config) == {ours: tensor}
+    assert ours_to_published({ours: tensor}, config) == {published: tensor}
+
+
 def test_names_that_are_not_of_the_model_are_refused():
     with pytest.raises(ValueError, match="level_embedding"):
         published_name("level_embedding")
@@ -277,6 +376,24 @@ def test_copies_that_differ_are_refused():
         (replace(HYBRID, one_to_many="output"), "extra_queries='hybrid' with one_to_many='output'"),
         (replace(SMALL, extra_queries="hybrid"), "one_to_many='internal'"),
         (replace(HYBRID, decoder_order="cross_self"), "no published implementation"),
+        (
+            replace(SMALL, denoising="dn"),
+            "denoising='dn': the published deformable-detr has 'none'",
+        ),
+        (replace(SMALL, position_offset=1.0), "position_offset=1.0: .* has 0.5"),
+        (replace(SMALL, head_sharing="all"), "head_sharing='all' with box_refine=True"),
+        (replace(SMALL, logit_eps=1e-3), "logit_eps=0.001"),
+        (replace(DN, denoising="none"), "denoising='none': the published dn-dab-deformable-detr"),
+        (replace(DN, head_sharing="all"), "head_sharing='all'"),
+        (replace(DN, look_forward_twice=True), "look_forward_twice=True"),
+        (replace(DINO, denoising="dn"), "denoising='dn': .*dino has 'none' or 'contrastive'"),
+        (replace(DINO, decoder_order="cross_self"), "decoder_order='cross_self'"),
+        (replace(DINO, extra_queries="hybrid"), "extra_queries='hybrid'"),
+        (replace(DINO, one_to_many="output"), "one_to_many='output'"),
+        (replace(DINO, query_position="initial"), "query_position='initial'"),
+        (replace(DETA, mixed_selection=True), "mixed_selection=True"),
+        (replace(DETA, denoising="contrastive"), "denoising='contrastive'"),
+        (replace(DETA, proposal_nms_iou_threshold=0.5), "proposal_nms_iou_threshold=0.5"),
     ],
 )
 def test_architectures_that_nobody_published_are_refused(config, complaint):
@@ -290,7 +407,7 @@ def test_distributed_prefix_and_counters():
         "module.backbone.0.body.bn1.num_batches_tracked": torch.tensor(7),
         "module.total_ops": torch.tensor(1.0),
     }
-    known, ignored = split_ignored(state)
+    known, ignored = split_ignored(state, SMALL)
     assert known.keys() == {"transformer.level_embed"}
     assert ignored.keys() == {"backbone.0.body.bn1.num_batches_tracked", "total_ops"}
     assert published_to_ours(state, SMALL).keys() == {"level_embed"}
@@ -328,6 +445,24 @@ def test_load_state_lists_everything_that_does_not_fit_and_loads_nothing():
         "  shape (2, 4) instead of (2, 3): level_embed (published: transformer.level_embed)",
     ]
     assert_same_tensors(model.state_dict(), before)
+
+
+def test_load_state_uses_the_published_names_of_the_model():
+    model = TwoLayers()
+    model.config = DINO
+    state = model.state_dict() | {
+        "query_selection.query_embed.weight": torch.ones(1),
+        "heads.class_embed.1.bias": torch.ones(1),
+        "heads.class_embed.2.bias": torch.ones(1),
+    }
+    with pytest.raises(ValueError, match="do not fit") as info:
+        load_state(model, state)
+    prefix = "  unexpected: "
+    assert [line.removeprefix(prefix) for line in str(info.value).splitlines()[1:]] == [
+        "heads.class_embed.1.bias (published: transformer.enc_out_class_embed.bias)",
+        "heads.class_embed.2.bias",
+        "query_selection.query_embed.weight (published: transformer.tgt_embed.weight)",
+    ]
 
 
 ARGS = Namespace(num_queries=6, two_stage=True, with_box_refine=True, use_aux_ffn=False)
@@ -398,51 +533,97 @@ def test_weights_without_arguments_need_a_configuration(save, content):
     assert loaded.epoch == content.get("epoch")
 
 
-@pytest.mark.parametrize("two_stage", [True, False], ids=["mixed selection", "one stage"])
-def test_a_file_of_h_detr_becomes_a_detector(save, two_stage):
-    """From a file as H-DETR writes it to predictions, and back."""
-    flags = PUBLISHED_FLAGS["h-deformable-detr"]
-    given = {
-        "with_box_refine": True,
-        "two_stage": two_stage,
-        "mixed_selection": two_stage,
-        "look_forward_twice": True,
-        "hidden_dim": 32,
-        "nheads": 4,
-        "enc_layers": 1,
-        "dec_layers": 2,
-        "dim_feedforward": 16,
-        "num_queries_one2one": 7,
-        "num_queries_one2many": 11,
-        "k_one2many": 3,
-        "lambda_one2many": 0.5,
-        "topk": 5,
-        "use_wandb": True,
-        "distributed": True,
-        "world_size": 4,
-        "rank": 0,
-        "gpu": 0,
-        "dist_url": "env://",
-        "dist_backend": "nccl",
-        "override_resumed_lr_drop": True,
-    }
-    args = Namespace(**{name: flag.default for name, flag in flags.items()} | given)
-    config = config_from_published_args(args).model
+SIZES = {"hidden_dim": 32, "nheads": 4, "enc_layers": 1, "dec_layers": 2, "dim_feedforward": 16}
+RUNTIME = {
+    "distributed": True,
+    "world_size": 4,
+    "rank": 0,
+    "gpu": 0,
+    "dist_url": "env://",
+    "dist_backend": "nccl",
+}
+H_DETR_QUERIES = {
+    "with_box_refine": True,
+    "look_forward_twice": True,
+    "num_queries_one2one": 7,
+    "num_queries_one2many": 11,
+    "k_one2many": 3,
+    "lambda_one2many": 0.5,
+    "topk": 5,
+    "use_wandb": True,
+    "override_resumed_lr_drop": True,
+}
+# Command line, stored arguments, rows and columns of the query embeddings, and largest number of
+# detections.
+FILES = {
+    "h-detr, mixed selection": (
+        "h-deformable-detr",
+        H_DETR_QUERIES | {"two_stage": True, "mixed_selection": True},
+        (18, 32),
+        5,
+    ),
+    "h-detr, one stage": ("h-deformable-detr", H_DETR_QUERIES, (18, 64), 5),
+    "dn-detr": (
+        "dn-dab-deformable-detr",
+        {"use_dn": True, "num_queries": 7, "local_rank": 0, "pretrain_model_path": "start.pth"},
+        (7, 31),
+        100,
+    ),
+    "dino": (
+        "dino",
+        {
+            "num_queries": 7,
+            "num_select": 5,
+            "options": {"dn_scalar": 100, "use_ema": False},
+            "dn_scalar": 100,
+            "pretrain_model_path": "https://example.org/start.pth",
+            "finetune_ignore": ["label_enc.weight", "class_embed"],
+        },
+        (7, 32),
+        5,
+    ),
+    "dino without denoising": ("dino", {"num_queries": 7, "use_dn": False}, (7, 32), 300),
+    "deta": (
+        "deta",
+        {
+            "with_box_refine": True,
+            "two_stage": True,
+            "num_feature_levels": 5,
+            "num_queries": 7,
+            "assign_first_stage": True,
+            "assign_second_stage": True,
+            "finetune": "start.pth",
+        },
+        None,
+        100,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_another_detector_becomes_a_detector(save, name):
+    """From a file as the published code writes it to predictions, and back."""
+    implementation, given, embeddings, max_detections = FILES[name]
+    flags = PUBLISHED_FLAGS[implementation]
+    defaults = {name: flag.default for name, flag in flags.items()}
+    args = Namespace(**defaults | SIZES | given | RUNTIME)
+    overrides = {name: "" for name in STARTING_POINTS if name in defaults}
+    config = config_from_published_args(args, overrides=overrides).model
     written = build_detector(replace(config, backbone_weights="none")).state_dict()
-    rows = written["query_selection.query_embed.weight"].shape
-    assert rows == ((18, 32) if two_stage else (18, 64))
+    if embeddings is None:
+        assert "query_selection.query_embed.weight" not in written
+    else:
+        assert written["query_selection.query_embed.weight"].shape == embeddings
     published = ours_to_published(written, config)
-    assert {name.partition(".")[0] for name in published} == {
-        *("backbone", "bbox_embed", "class_embed", "input_proj", "query_embed", "transformer")
-    }
 
     path = save({"model": published, "args": args, "epoch": 11})
     loaded = load_detector(path)
-    assert (loaded.config.eval.max_detections, loaded.config.train.batch_size) == (5, 8)
-    assert loaded.config.assignment.hybrid_k == 3
+    assert loaded.config.weights is None
+    assert loaded.config.train.batch_size == 8
+    assert loaded.config.eval.max_detections == max_detections
     assert_same_tensors(loaded.model.state_dict(), written)
     assert_same_tensors(ours_to_published(loaded.model.state_dict(), config), published)
-    images = ImageBatch(torch.randn(1, 3, 64, 96), torch.tensor([[64, 96]]))
+    images = ImageBatch(torch.randn(1, 3, 96, 160), torch.tensor([[96, 160]]))
     with torch.no_grad():
         output = loaded.model(images)
     assert output.branches.keys() == {"one_to_one"}

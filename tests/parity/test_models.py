@@ -158,7 +158,11 @@ def test_pairs(case: GoldenCase, step: Step) -> None:
 
 @MODELS
 def test_gradient_norms(case: GoldenCase, step: Step) -> None:
-    result = {published_name(name): grad.norm().item() for name, grad in step.gradients.items()}
+    model = step.config.model
+    result = {
+        published_name(name, model): gradient.norm().item()
+        for name, gradient in step.gradients.items()
+    }
     scale = max(case.grad_norms.values())
     assert result == pytest.approx(case.grad_norms, rel=MODEL_TOLERANCE, abs=1e-9 * scale)
 
@@ -176,7 +180,7 @@ def test_clipped_step(case: GoldenCase, step: Step) -> None:
     assert norm.item() == pytest.approx(case.info["clip_total_norm"], rel=MODEL_TOLERANCE)
 
     result = {
-        published_name(name): (value.detach() - before[name]).norm().item()
+        published_name(name, step.config.model): (value.detach() - before[name]).norm().item()
         for name, value in step.model.named_parameters()
         if value.requires_grad
     }
