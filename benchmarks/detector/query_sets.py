@@ -142,11 +142,13 @@ def denoising_forms(inputs: Sequence[Tensor], denoising: QuerySet) -> Calls:
 
 def _groups_as_images(x: Tensor, num_groups: int) -> Tensor:
     """[B, M, G Q, D] to [B G, M, Q, D]."""
-    return x.unflatten(2, (num_groups, -1)).transpose(1, 2).flatten(0, 1)
+    images: Tensor = x.unflatten(2, (num_groups, -1)).transpose(1, 2).flatten(0, 1)
+    return images
 
 
 def _images_as_groups(x: Tensor, num_groups: int) -> Tensor:
-    return x.unflatten(0, (-1, num_groups)).transpose(1, 2).flatten(2, 3)
+    queries: Tensor = x.unflatten(0, (-1, num_groups)).transpose(1, 2).flatten(2, 3)
+    return queries
 
 
 def check_agreement(calls: Calls, tolerance: float) -> None:

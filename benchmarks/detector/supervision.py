@@ -140,8 +140,12 @@ def merged(stored: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
     return kept + new
 
 
+_WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+"""Environment of a process that counts launches."""
+
+
 def _count_launches(case: Case) -> int:
-    # Importing it chooses Triton's interpreter for the process.
+    # Importing it prepares the process for the pretended device.
     from benchmarks.detector.syncs import triton_launches
 
     return triton_launches(case)
@@ -149,13 +153,18 @@ def _count_launches(case: Case) -> int:
 
 def with_launches(rows: Iterable[Row], options: Options) -> Iterator[Row]:
     """Rows with `triton_launches`, counted on small images, in a process without a GPU."""
-    size = {"height": min(options.height, 288), "width": min(options.width, 352)}
     counts: dict[str, int] = {}
     for row in rows:
         name = row["preset"]
         if name not in counts:
-            case = Case(preset=name, batch=1, num_targets=options.num_targets, **size)
-            with Worker("launches", {"CUDA_VISIBLE_DEVICES": ""}) as worker:
+            case = Case(
+                preset=name,
+                batch=1,
+                height=min(options.height, 288),
+                width=min(options.width, 352),
+                num_targets=options.num_targets,
+            )
+            with Worker("launches", _WITHOUT_GPU) as worker:
                 counts[name] = worker.call(_count_launches, case)
         yield {**row, "triton_launches": counts[name]}
 
@@ -193,7 +202,9 @@ def main(arguments: Sequence[str]) -> int:
         device = resolve_device(options.device)
         names = choose_implementations(options.implementations, device, options.published)
         groups = groups_of(options.cases, names)
-        stored = read_rows(options.output, "supervision") if options.merge else []
+        stored: list[Row] = []
+        if options.merge and options.output is not None:
+            stored = read_rows(options.output, "supervision")
         measured = measure_groups(
             pairs(groups) if device.type == "cpu" else groups,
             device,

@@ -37,6 +37,7 @@ def step_row(preset: str, seconds: float, batch: int = 2) -> dict[str, Any]:
 def test_pairs_of_recipes_write_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     path = tmp_path / "rows.json"
     arguments = [*SMALL, "--presets", "tiny", "deformable-detr-r50", "--warmup", "0"]
     arguments += ["--steps", "1", "--output", str(path), "--check"]
@@ -139,6 +140,8 @@ def test_the_table_shows_the_published_cost() -> None:
     assert "**implementation eager, height 480, width 640" in text
     assert f"| {BASELINE} | 2 s | +0.0% | - | 3.0 GiB |" in text
     assert "| h-deformable-detr-r50 | 2.5 s | +25.0% | +31% | 3.0 GiB |" in text
+    counted = [{**row, "triton_launches": 7} for row in rows]
+    assert "3.0 GiB | 7 |" in table.tables(table.SECTIONS["supervision"], counted)
 
 
 def test_extra_queries_take_operations_in_training_only() -> None:
