@@ -53,6 +53,11 @@ PUBLISHED_MAP = {
     "group-deformable-detr-r50": None,
     "ms-h-deformable-detr-r50": None,
     "ms-group-deformable-detr-r50": None,
+    "dn-deformable-detr-r50": 49.5,
+    "dino-r50-4scale": 49.0,
+    "deta-r50": 50.1,
+    "ms-dn-deformable-detr-r50": None,
+    "ms-cdn-deformable-detr-r50": None,
     "tiny": None,
 }
 
@@ -271,6 +276,14 @@ REFUSED = [
     (EvalConfig, {"nms_iou_threshold": 1.2}, "nms_iou_threshold must be in"),
     (EvalConfig, {"nms_iou_threshold": -0.2}, "nms_iou_threshold must be in"),
     (RunConfig, {"resume": "auto", "weights": Path("w")}, "give one of them"),
+    (
+        RunConfig,
+        {
+            "model": PRESETS["deformable-detr-r50"].config.model,
+            "assignment": AssignmentConfig(decoder_match="iou"),
+        },
+        "reads the boxes from which queries start: it needs model.two_stage",
+    ),
 ]
 
 
@@ -307,7 +320,8 @@ def test_every_preset_builds(name):
     with torch.device("meta"):  # shapes only
         detector = Detector(config)
     assert detector.heads.class_embed[0].out_features == 91
-    assert (detector.query_selection.reference_points is None) == config.two_stage
+    starts_at_points = not config.two_stage and config.query_position == "initial"
+    assert (detector.query_selection.reference_points is not None) == starts_at_points
 
 
 def test_presets_differ_where_the_papers_do():
@@ -340,6 +354,22 @@ def test_presets_with_extra_queries_differ_in_them_alone(extra):
         assert model.proposal_score == ("best_class" if extra == "group" else "first_class")
         without = dataclasses.replace(model, extra_queries="none", proposal_score="first_class")
         assert dataclasses.replace(config, model=without) == PRESETS[base].config
+
+
+@pytest.mark.parametrize("denoising", ["dn", "contrastive"])
+def test_presets_with_denoising_differ_in_it_alone(denoising):
+    family = {"dn": "dn", "contrastive": "cdn"}[denoising]
+    config = PRESETS[f"ms-{family}-deformable-detr-r50"].config
+    model = config.model
+    assert model.denoising == denoising
+    assert model.denoising_groups == (5 if denoising == "dn" else None)
+    assert model.denoising_label_noise == (0.2 if denoising == "dn" else 0.25)
+    assert (model.denoising_queries, model.denoising_box_noise) == (100, 0.4)
+    without = dataclasses.replace(
+        model, denoising="none", denoising_groups=None, denoising_label_noise=0.25
+    )
+    base = PRESETS["ms-detr-pp-r50-300"].config
+    assert dataclasses.replace(config, model=without) == base
 
 
 def test_the_readme_lists_the_presets():

@@ -178,6 +178,13 @@ def launch_focal_loss(queries: int, dtype: torch.dtype) -> None:
     focal_loss.backward(grad, logits, target_class, 0.25, 2.0)
 
 
+def launch_nms() -> None:
+    """Two images with five levels of 1,000 boxes."""
+    from msdetr.kernels import nms
+
+    nms.nms_mask(torch.empty(10, 1000, 4, device="meta"), 0.9)
+
+
 def _training_cases() -> Iterator[Case]:
     assignments = (
         ("assignment-300", 6, 300, 20, 1),
@@ -194,6 +201,7 @@ def _training_cases() -> Iterator[Case]:
     for dtype in ("bfloat16", "float32"):
         focal = functools.partial(launch_focal_loss, 300, getattr(torch, dtype))
         yield Case(name="focal-loss", dtype=dtype, launch=focal)
+    yield Case(name="nms-1000", dtype="float32", launch=launch_nms)
 
 
 CASES: tuple[Case, ...] = (*_attention_cases(), *_training_cases())

@@ -14,6 +14,7 @@ _LISTS = "tests/ops/test_ms_deform_attn_lists.py"
 _LIBRARY = "tests/ops/test_ms_deform_attn_library.py"
 _ASSIGNMENT = "tests/ops/test_assignment_kernels.py"
 _FOCAL_LOSS = "tests/ops/test_focal_loss.py"
+_NMS = "tests/ops/test_nms.py"
 _TIMED = " ".join(
     f"tests/benchmarks/test_{name}.py" for name in ("attention", "assignment", "tune")
 )
@@ -130,7 +131,7 @@ RUN = (
     Step(
         "tests",
         25,
-        f"{_TESTS} {_FOCAL_LOSS} {_ASSIGNMENT} {_LIBRARY} {_LISTS} {_KERNELS}",
+        f"{_TESTS} {_NMS} {_FOCAL_LOSS} {_ASSIGNMENT} {_LIBRARY} {_LISTS} {_KERNELS}",
         _COLLECT,
     ),
 )

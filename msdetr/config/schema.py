@@ -104,9 +104,9 @@ class ModelConfig:
     """Two-stage: add a projection of a proposal's token to the content of its query (DETA)."""
     look_forward_twice: bool = False
     """Let a layer's box loss also train the refinement of the layer before."""
-    head_sharing: Literal["none", "decoder", "all"] | None = None
+    head_sharing: Literal["auto", "none", "decoder", "all"] = "auto"
     """Class and box heads: `none` has a pair per decoder layer and one for the encoder, `decoder`
-    one for all decoder layers and one for the encoder (DINO), `all` a single pair. None is `none`
+    one for all decoder layers and one for the encoder (DINO), `all` a single pair. `auto` is `none`
     with box refinement, and `all` without."""
     decoder_norm: bool = False
     """Predict from the output of a decoder layer after one more LayerNorm, which all layers share;
@@ -114,6 +114,13 @@ class ModelConfig:
     logit_eps: float = 1e-5
     """Smallest distance of a coordinate from 0 and 1 where its logit is taken (DN-DETR, DINO:
     1e-3)."""
+
+    @property
+    def shared_heads(self) -> Literal["none", "decoder", "all"]:
+        """`head_sharing`, resolved."""
+        if self.head_sharing != "auto":
+            return self.head_sharing
+        return "none" if self.box_refine else "all"
 
     def __post_init__(self) -> None:
         check_types(self)

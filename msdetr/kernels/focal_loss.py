@@ -12,9 +12,9 @@ If gamma is not 0, 1 or 2, the power is computed from log p = -softplus(-z), als
 
 Mapping. A layer is a row of B * Q * K logits, split into chunks of V = 1, 2, 4 or 8 logits: one
 load each. A program takes CHUNKS of them; the grid is (programs, layers). The K logits of a query
-start anywhere in a chunk, so a chunk overlaps up to SPAN queries. The class of each of them becomes
-a place in the chunk, which is compared with 0 ... V - 1. No value of K leaves lanes idle, and there
-is one division per chunk instead of one per logit.
+start anywhere in a chunk, so a chunk overlaps up to SPAN queries. Their classes become two bit
+masks of the chunk's places: which are positive, and which are ignored. No value of K leaves lanes
+idle, and there is one division per chunk instead of one per logit.
 
 Traffic. Forward reads logits and classes and writes one float32 per program, which PyTorch sums in
 a fixed order. Backward reads the same and one float32 per layer, and writes the gradient. No
@@ -101,9 +101,9 @@ def _locate(layers, K: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr, SPAN
     query = column // K
     column -= query * K  # of the chunk's first logit
     targets = layers.target + (layer * layers.num_queries + first_query) + query
-    place = tl.arange(0, V)[None, :]
-    ignored = tl.zeros((CHUNKS, V), tl.int1)
-    positive = tl.zeros((CHUNKS, V), tl.int1)
+    # A bit for each place in the chunk.
+    ignored = tl.zeros((CHUNKS,), tl.int32)
+    positive = tl.zeros((CHUNKS,), tl.int32)
     for i in tl.static_range(SPAN):
         # The i-th query that the chunk overlaps, if there are that many.
         overlaps = inside & (i * K < column + V)
@@ -111,15 +111,16 @@ def _locate(layers, K: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr, SPAN
         # Checked before the conversion to 32 bits: classes that do not exist are background.
         exists = (target >= 0) & (target < K)
         first_place = i * K - column
-        place_of_class = tl.where(exists, target.to(tl.int32) + first_place, -1)
-        positive = positive | (place == place_of_class[:, None])
-        is_ignored = (target == _IGNORED)[:, None]
-        if i == 0:
-            ignored = ignored | is_ignored
-        else:
-            ignored = tl.where(place >= first_place[:, None], is_ignored, ignored)
+        place_of_class = target.to(tl.int32) + first_place
+        exists = exists & (place_of_class >= 0) & (place_of_class < V)
+        positive = positive | tl.where(exists, 1 << place_of_class, 0)
+        places = -1 << tl.minimum(tl.maximum(first_place, 0), V)  # of this query and the next ones
+        ignored = tl.where(target == _IGNORED, ignored | places, ignored & ~places)
+    place = tl.arange(0, V)[None, :]
     offset = (layer * layers.num_chunks + first) * V + (chunk * V)[:, None] + place
-    return layer, offset, inside[:, None], ignored, positive
+    bit = 1 << place
+    is_ignored, is_positive = (ignored[:, None] & bit) != 0, (positive[:, None] & bit) != 0
+    return layer, offset, inside[:, None], is_ignored, is_positive
 
 
 @triton.jit

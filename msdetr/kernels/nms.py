@@ -1,8 +1,8 @@
 """Greedy non-maximum suppression of many problems in one launch, one program per problem.
 
-Boxes come best first. A program takes them in blocks. A tile of a block's boxes (columns) and
-earlier boxes (rows) holds the overlaps of its pairs in registers; nothing but the result is written
-to memory.
+Boxes come best first. A program takes them in blocks. A tile of a block's boxes (rows) and
+earlier boxes (columns) holds the overlaps of its pairs in registers; nothing but the result is
+written to memory. Each thread holds boxes of the block and reads one earlier box per tile.
 
 1. Tiles of all earlier blocks tell which boxes of the block overlap one that is kept.
 2. Within the block, a bit mask per box names the earlier boxes that it overlaps, its rivals. The
@@ -82,19 +82,19 @@ def nms_kernel(problems, BLOCK: tl.constexpr):
     while first < problems.num_boxes:
         index = first + lane
         exists = index < problems.num_boxes
-        block = _load_corners(boxes, index[None, :], exists[None, :])
+        block = _load_corners(boxes, index[:, None], exists[:, None])
         suppressed = tl.zeros((BLOCK, BLOCK), tl.int1)
         start = tl.zeros((), tl.int32)
         while start < first:
-            earlier = (start + lane)[:, None]
-            overlaps = _overlaps(_load_corners(boxes, earlier, True), block, problems.threshold)
+            earlier = (start + lane)[None, :]
+            overlaps = _overlaps(block, _load_corners(boxes, earlier, True), problems.threshold)
             suppressed = suppressed | (overlaps & tl.load(keep + earlier))
             start += BLOCK
-        left = exists & (tl.max(suppressed.to(tl.int32), 0) == 0)
+        left = exists & (tl.max(suppressed.to(tl.int32), 1) == 0)
 
-        rows = _load_corners(boxes, index[:, None], exists[:, None])
-        rivals = _overlaps(rows, block, problems.threshold) & (lane[:, None] < lane[None, :])
-        rivals = tl.sum(tl.where(rivals, bit[:, None], 0), 0)
+        columns = _load_corners(boxes, index[None, :], exists[None, :])
+        rivals = _overlaps(block, columns, problems.threshold) & (lane[None, :] < lane[:, None])
+        rivals = tl.sum(tl.where(rivals, bit[None, :], 0), 1)
         kept = tl.sum(tl.where(left, bit, 0), 0)
         before = ~kept
         while kept != before:
@@ -113,7 +113,7 @@ def nms_mask(boxes: Tensor, iou_threshold: float) -> Tensor:
         nms_kernel[(num_problems,)](
             _Problems(boxes, keep, num_boxes, _round_down(iou_threshold)),
             BLOCK=_BLOCK,
-            num_warps=8,
+            num_warps=16,
             enable_fp_fusion=False,
         )
     return keep

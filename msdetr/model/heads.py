@@ -47,7 +47,7 @@ class DetectionHeads(nn.Module):
     def __init__(self, config: ModelConfig, num_classes: int) -> None:
         super().__init__()
         hidden_dim = config.hidden_dim
-        sharing = config.head_sharing or ("none" if config.box_refine else "all")
+        sharing = config.shared_heads
         num_decoder_heads = config.num_decoder_layers if sharing == "none" else 1
         self.encoder_head = 0 if sharing == "all" else num_decoder_heads
         has_encoder_head = config.two_stage and sharing != "all"

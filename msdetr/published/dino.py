@@ -131,6 +131,8 @@ def recipe(values: argparse.Namespace, batch_size: int) -> Recipe:
 
 
 def _model_config(values: argparse.Namespace) -> ModelConfig:
+    sharing = _head_sharing(values)
+    assert sharing is not None  # `unsupported` refuses it
     model = replace(
         encoder_and_decoder(values),
         num_classes=values.num_classes,
@@ -141,7 +143,7 @@ def _model_config(values: argparse.Namespace) -> ModelConfig:
         proposal_score="best_class",
         mixed_selection=True,
         look_forward_twice=not values.use_detached_boxes_dec_out,
-        head_sharing=_head_sharing(values),
+        head_sharing=sharing,
         decoder_norm=True,
         logit_eps=LOGIT_EPS,
     )

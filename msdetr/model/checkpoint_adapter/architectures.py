@@ -67,11 +67,6 @@ def published_model(config: ModelConfig) -> PublishedModel:
     return "deta" if config.proposal_content else "deformable-detr"
 
 
-def head_sharing(config: ModelConfig) -> Literal["none", "decoder", "all"]:
-    """How layers share their heads, by default too."""
-    return config.head_sharing or ("none" if config.box_refine else "all")
-
-
 def require_published_architecture(config: ModelConfig) -> None:
     """Check that a published model has this architecture.
 
@@ -88,7 +83,7 @@ def require_published_architecture(config: ModelConfig) -> None:
                 f"{name}={value!r}: the published {model} has "
                 + " or ".join(repr(other) for other in values)
             )
-    if model != "dino" and head_sharing(config) != ("none" if config.box_refine else "all"):
+    if model != "dino" and config.shared_heads != ("none" if config.box_refine else "all"):
         raise ValueError(
             f"head_sharing={config.head_sharing!r} with box_refine={config.box_refine}: the "
             f"published {model} shares heads exactly without box refinement"

@@ -18,7 +18,6 @@ from torch import Tensor
 from msdetr.config import ModelConfig
 from msdetr.model.checkpoint_adapter.architectures import (
     PublishedModel,
-    head_sharing,
     published_model,
     require_published_architecture,
 )
@@ -197,7 +196,7 @@ def _canonical_name(key: str, config: ModelConfig) -> str:
 
 def _our_head(layer: int, config: ModelConfig) -> int:
     """Our index of the head of a layer; `num_decoder_layers` is the encoder."""
-    sharing = head_sharing(config)
+    sharing = config.shared_heads
     if sharing == "decoder":
         return int(layer == config.num_decoder_layers)
     return layer if sharing == "none" else 0

@@ -1,0 +1,1 @@
+"""Non-maximum suppression of many problems, against torchvision's."""
