@@ -110,6 +110,7 @@ SECTIONS = {
             "time_over_baseline": ("over the baseline", ".1% change"),
             "published_time": ("published", ".0% change"),
             "peak_memory_mb": ("peak memory", "GiB"),
+            "triton_launches": ("launches", "d"),
         },
         beside_published,
     ),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 from engine.helpers import tiny_options
 
 from msdetr.cli import train
-from msdetr.config import RunConfig
+from msdetr.config import ModelConfig, RunConfig
 from msdetr.data.synthetic import write_synthetic_dataset
 from msdetr.presets import PRESETS
 
@@ -19,20 +21,31 @@ NAMES = (
     "group-deformable-detr-r50",
     "ms-h-deformable-detr-r50",
     "ms-group-deformable-detr-r50",
+    "dn-deformable-detr-r50",
+    "dino-r50-4scale",
+    "deta-r50",
+    "ms-dn-deformable-detr-r50",
+    "ms-cdn-deformable-detr-r50",
 )
-RECIPE = ("extra_queries", "proposal_score", "decoder_order", "one_to_many", "one_to_many_ffn")
+SIZES = {
+    field.name: getattr(PRESETS["tiny"].config.model, field.name)
+    for field in dataclasses.fields(ModelConfig)
+    if re.match("num_(?!classes)|backbone|hidden_dim|feedforward_dim", field.name)
+}
+"""Fields of the model that are those of `tiny`."""
 
 
 def tiny_form(name: str, data: Path, output: Path) -> RunConfig:
-    """The supervision of a preset on the model of `tiny`, with few extra queries."""
+    """The model and supervision of a preset in the sizes of `tiny`, with few extra queries."""
     preset, tiny = PRESETS[name].config, PRESETS["tiny"].config
-    fields = {field: getattr(preset.model, field) for field in RECIPE}
+    sizes = SIZES | {"num_hybrid_queries": 100, "num_groups": 3}
     return replace(
         tiny,
-        model=replace(tiny.model, **fields, num_hybrid_queries=100, num_groups=3),
+        model=replace(preset.model, **sizes),
         assignment=preset.assignment,
         loss=preset.loss,
         data=replace(tiny.data, root=data),
+        eval=replace(tiny.eval, nms_iou_threshold=preset.eval.nms_iou_threshold),
         output=output,
     )
 

@@ -10,6 +10,7 @@ if __name__ == "__main__":
             "inference": "inference:main",
             "profile": "profile:main",
             "syncs": "syncs:main",
+            "denoising": "denoising:main",
             "query_sets": "query_sets:main",
             "supervision": "supervision:main",
             "plot": "plot:draw_plots",

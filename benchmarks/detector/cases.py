@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -21,13 +22,35 @@ Dtype = Literal["float32", "bfloat16"]
 NUM_CLASSES = 91
 """Number of COCO's classes."""
 
+DENOISING = {"dn": "ms-dn-deformable-detr-r50", "cdn": "ms-cdn-deformable-detr-r50"}
+"""Presets whose denoising queries a recipe gets as `PRESET+dn` and `PRESET+cdn`."""
+
+
+def require_recipe(name: str) -> None:
+    """Raise ValueError if a recipe is neither a preset nor a preset with denoising."""
+    preset, plus, denoising = name.partition("+")
+    require_known("preset", [preset], PRESETS)
+    require_known("denoising", [denoising] if plus else [], DENOISING)
+
+
+def recipe(name: str) -> RunConfig:
+    """The configuration of a preset, perhaps with denoising queries."""
+    preset, plus, denoising = name.partition("+")
+    config = PRESETS[preset].config
+    if not plus:
+        return config
+    source = PRESETS[DENOISING[denoising]].config.model
+    names = [field.name for field in dataclasses.fields(source)]
+    fields = {name: getattr(source, name) for name in names if name.startswith("denoising")}
+    return replace(config, model=replace(config.model, **fields))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One measurement, independent of the implementation."""
 
     preset: str = "ms-detr-r50-300"
-    """Recipe, by name."""
+    """Recipe: a preset, or a preset with denoising queries (`PRESET+dn`, `PRESET+cdn`)."""
     batch: int = 2
     """Images at once."""
     dtype: Dtype = "float32"
@@ -42,14 +65,14 @@ class Case:
     """Seed of weights, images, targets and dropout."""
 
     def __post_init__(self) -> None:
-        require_known("preset", [self.preset], PRESETS)
+        require_recipe(self.preset)
         require_at_least(self, 1, "batch", "height", "width")
         require_at_least(self, 0, "num_targets")
 
     @property
     def config(self) -> RunConfig:
         """The recipe, for COCO's classes, with all images of a step in one process."""
-        config = PRESETS[self.preset].config
+        config = recipe(self.preset)
         return replace(
             config,
             seed=self.seed,

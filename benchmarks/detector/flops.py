@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.detector.cases import Case
+from benchmarks.detector.cases import Case, random_batch
+from msdetr.engine.device import to_device
 from msdetr.model.detector import build_detector
-from msdetr.structures import ImageBatch
 
 _PEAKS = (
     ("H200", 989.5e12),
@@ -34,15 +34,12 @@ def detector_flops(case: Case, *, training: bool) -> int:
     """
     with torch.device("meta"):
         model = build_detector(case.config.model, initialize_backbone=False).train(training)
-        images = ImageBatch(
-            torch.zeros(case.batch, 3, case.height, case.width, dtype=torch.uint8),
-            torch.zeros(case.batch, 2, dtype=torch.int64),
-        )
+    batch = to_device(random_batch(case), torch.device("meta"))
     counter = FlopCounterMode(display=False)
     with counter, torch.enable_grad():
         outputs = [
             leaf
-            for leaf in tree_leaves(model(images))
+            for leaf in tree_leaves(model(batch.images, batch.targets))
             if isinstance(leaf, Tensor) and leaf.requires_grad
         ]
         if training:

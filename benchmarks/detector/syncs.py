@@ -11,6 +11,7 @@ The published code (`--published DIR`) runs with its PyTorch attention. That rea
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -24,16 +25,14 @@ from torch.utils._pytree import tree_map
 
 import msdetr
 from benchmarks import pretended  # first: it selects Triton's interpreter
-from benchmarks.cli import require_known
 from benchmarks.common import print_table
-from benchmarks.detector.cases import Case, random_batch
+from benchmarks.detector.cases import Case, random_batch, require_recipe
 from benchmarks.detector.comparison import Setup
 from benchmarks.detector.train import PublishedStep, build_trainer
 from msdetr.cli.options import parse_options, user_errors
 from msdetr.config import CompileConfig
 from msdetr.engine.prefetch import on_device
 from msdetr.engine.trainer import Trainer
-from msdetr.presets import PRESETS
 from msdetr.structures import Batch
 
 Step = Callable[[], object]
@@ -66,7 +65,8 @@ class Options(Case):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_known("preset", self.more_presets, PRESETS)
+        for name in self.more_presets:
+            require_recipe(name)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is cuda, and there is none")
         if self.device == "pretend" and torch.cuda.is_available():
@@ -128,6 +128,15 @@ def count_pretended(
     with pretended.pretending(folder) as tally:
         step()
     return tally
+
+
+def triton_launches(case: Case) -> int:
+    """Launches of Triton kernels in a step of a case, without those of attention.
+
+    For a process of its own without a GPU, which stays on the pretended device.
+    """
+    options = Options(**{**dataclasses.asdict(case), "device": "pretend"})
+    return count_pretended(build_step, options, PACKAGE).launches
 
 
 def first_wait_on_cuda(step: Step) -> pretended.Wait | None:

@@ -185,6 +185,12 @@ class OurStep(TrainStep):
 
         owner.update = timed_update
 
+    @property
+    def batch(self) -> Batch:
+        """On the device."""
+        (batch,) = self._input.device
+        return batch
+
     def call(self) -> None:
         """The trainer's."""
         self.trainer.train_step(self._input)
@@ -200,7 +206,7 @@ class OurStep(TrainStep):
         return {"total": self.trainer.meter.read()["loss"]}
 
     def _losses(self) -> dict[str, float]:
-        trainer, (batch,) = self.trainer, self._input.device
+        trainer, batch = self.trainer, self.batch
         with without_dropout(self.model), explain_compile_errors():
             total, terms = trainer.forward_backward(
                 batch, TargetCount(*[batch.targets.count.sum()] * 2)

@@ -76,7 +76,8 @@ RUN = (
         50,
         "-m benchmarks.detector syncs --device cuda --check --height 480 --width 640 "
         "--more-presets h-deformable-detr-r50 group-deformable-detr-r50 "
-        "ms-h-deformable-detr-r50 ms-group-deformable-detr-r50",
+        "ms-h-deformable-detr-r50 ms-group-deformable-detr-r50 dn-deformable-detr-r50 "
+        "dino-r50-4scale deta-r50 ms-cdn-deformable-detr-r50",
         "--device pretend --preset tiny --more-presets --height 128 --width 160",
     ),
     Step(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,19 @@ import pytest
 import torch
 
 from benchmarks import table
-from benchmarks.detector import query_sets, supervision
-from benchmarks.detector.cases import Case
+from benchmarks.detector import denoising, query_sets, supervision
+from benchmarks.detector.cases import Case, recipe
 from benchmarks.detector.flops import detector_flops
-from benchmarks.detector.query_sets import check_agreement, forms
-from benchmarks.detector.supervision import groups_of, over_baseline, pairs, too_slow
-from msdetr.config import ModelConfig
+from benchmarks.detector.query_sets import check_agreement, denoising_forms, forms
+from benchmarks.detector.supervision import (
+    groups_of,
+    merged,
+    over_baseline,
+    pairs,
+    too_slow,
+)
+from msdetr.config import RunConfig
+from msdetr.model.query_sets import QuerySet
 
 BASELINE = "deformable-detr-pp-r50-300"
 SMALL = ["--height", "64", "--width", "64", "--batches", "1", "--device", "cpu"]
@@ -27,7 +34,10 @@ def step_row(preset: str, seconds: float, batch: int = 2) -> dict[str, Any]:
     return {**case, "preset": preset, "seconds_p50": seconds}
 
 
-def test_pairs_of_recipes_write_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pairs_of_recipes_write_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     path = tmp_path / "rows.json"
     arguments = [*SMALL, "--presets", "tiny", "deformable-detr-r50", "--warmup", "0"]
     arguments += ["--steps", "1", "--output", str(path), "--check"]
@@ -40,6 +50,49 @@ def test_pairs_of_recipes_write_rows(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert rows[1]["time_over_baseline"] == rows[1]["seconds_p50"] / rows[0]["seconds_p50"]
     assert rows[1]["time_over_baseline"] > 1.5
     assert rows[1]["peak_memory_mb"] > rows[0]["peak_memory_mb"] > 100
+    assert rows[0]["triton_launches"] > rows[1]["triton_launches"] > 0
+
+    monkeypatch.setattr(supervision, "with_launches", lambda measured, options: measured)
+    arguments[arguments.index("deformable-detr-r50")] = "tiny+cdn"
+    assert supervision.main([*arguments, "--merge"]) == 1
+    stored = json.loads(path.read_text())
+    assert stored[:2] == rows
+    (row,) = stored[2:]  # the baseline of the commit is there already
+    assert row["preset"] == "tiny+cdn"
+    assert row["time_over_baseline"] == row["seconds_p50"] / row["baseline_seconds_p50"] > 1.0
+
+
+def machine_rows(commit: str, *presets: str) -> list[dict[str, Any]]:
+    where = {"commit": commit, "device": "a CPU", "height": 480, "width": 640}
+    measured = (step_row(name, 2.0) for name in (BASELINE, *presets))
+    return [{**row, **where} for row in over_baseline(measured, BASELINE)]
+
+
+@pytest.mark.parametrize(
+    ("presets", "expected"),
+    [
+        (["new"], ["one:base", "one:a", "one:b", "two:base", "two:new"]),
+        (["b"], ["one:base", "one:a", "two:base", "two:b"]),
+        (["a", "b"], ["two:base", "two:a", "two:b"]),
+    ],
+)
+def test_rows_of_other_recipes_stay_with_their_baseline(
+    presets: list[str], expected: list[str]
+) -> None:
+    rows = merged(machine_rows("one", "a", "b"), machine_rows("two", *presets))
+    names = [f"{row['commit']}:{row['preset'].replace(BASELINE, 'base')}" for row in rows]
+    assert names == expected
+
+
+def test_rows_of_one_commit_share_a_baseline() -> None:
+    rows = merged(machine_rows("one", "a"), machine_rows("one", "b"))
+    assert [row["preset"] for row in rows] == [BASELINE, "a", "b"]
+
+
+def test_rows_of_another_machine_are_not_merged() -> None:
+    other = [{**row, "device": "another CPU"} for row in machine_rows("one", "a")]
+    with pytest.raises(ValueError, match="cannot be merged: device is"):
+        merged(other, machine_rows("two", "b"))
 
 
 def test_the_baseline_is_in_each_pair() -> None:
@@ -87,6 +140,8 @@ def test_the_table_shows_the_published_cost() -> None:
     assert "**implementation eager, height 480, width 640" in text
     assert f"| {BASELINE} | 2 s | +0.0% | - | 3.0 GiB |" in text
     assert "| h-deformable-detr-r50 | 2.5 s | +25.0% | +31% | 3.0 GiB |" in text
+    counted = [{**row, "triton_launches": 7} for row in rows]
+    assert "3.0 GiB | 7 |" in table.tables(table.SECTIONS["supervision"], counted)
 
 
 def test_extra_queries_take_operations_in_training_only() -> None:
@@ -121,11 +176,53 @@ def test_forms_that_differ_are_refused() -> None:
 
 
 def test_forms_write_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = functools.partial(ModelConfig, num_queries=6, num_hybrid_queries=10, num_groups=3)
-    monkeypatch.setattr(query_sets, "ModelConfig", small)
+    small = {"num_queries": 6, "num_hybrid_queries": 10, "num_groups": 3, "denoising_queries": 12}
+
+    def small_recipe(name: str) -> RunConfig:
+        config = recipe(name)
+        return replace(config, model=replace(config.model, **small))
+
+    monkeypatch.setattr(query_sets, "recipe", small_recipe)
     path = tmp_path / "rows.json"
-    assert query_sets.main(["--device", "cpu", "--repetitions", "3", "--output", str(path)]) == 0
+    arguments = ["--device", "cpu", "--repetitions", "3", "--num-slots", "4"]
+    assert query_sets.main([*arguments, "--output", str(path)]) == 0
     rows = json.loads(path.read_text())
-    assert [row["sets"] for row in rows] == ["6+10"] * 2 + ["3x6"] * 3
-    for sets in ("6+10", "3x6"):
+    sizes = ["6+10"] * 2 + ["3x6"] * 3 + ["5x4+6"] * 3 + ["3x8+6"] * 3
+    assert [row["sets"] for row in rows] == sizes
+    for sets in set(sizes):
         assert min(row["over_fastest"] for row in rows if row["sets"] == sets) == 1.0
+
+
+def test_all_forms_hide_other_groups_from_denoising_queries() -> None:
+    torch.manual_seed(0)
+    noised = QuerySet("denoising", group_size=2, num_groups=2, sees_primary=True)
+    inputs = [torch.randn(2, 3, 4 + 5, 6, requires_grad=True) for _ in range(3)]
+    calls = denoising_forms(inputs, noised)
+    assert len(calls) == 3
+    check_agreement(calls, tolerance=1e-5)
+    second = [2, 3, *range(4, 9)]
+    query, key, value = inputs
+    weights = (query[:, :, 2:4] @ key[:, :, second].transpose(2, 3) / 6**0.5).softmax(3)
+    output, *_ = calls["keys per group"]()
+    torch.testing.assert_close(output[:, :, 2:4], weights @ value[:, :, second])
+    primary = (x[:, :, 4:] for x in inputs)
+    expected = torch.nn.functional.scaled_dot_product_attention(*primary)
+    torch.testing.assert_close(output[:, :, 4:], expected)
+
+
+@pytest.mark.parametrize("name", ["tiny+dn", "tiny+cdn"])
+def test_parts_of_denoising_write_rows(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    arguments = ["--preset", name, "--device", "cpu", "--height", "64", "--width", "64"]
+    arguments += ["--batch", "1", "--repetitions", "1", "--output", str(path)]
+    assert denoising.main(arguments) == 0
+    rows = {row["part"]: row for row in json.loads(path.read_text())}
+    assert rows["step"]["share"] == 1.0
+    small = ("making the set", "self-attention", "pairs and losses")
+    assert all(0.0 < rows[part]["share"] < 1.0 for part in small)
+
+
+def test_a_recipe_without_denoising_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        denoising.main(["--preset", "tiny"])
+    assert "has no denoising queries" in capsys.readouterr().err.replace("\n", " ")

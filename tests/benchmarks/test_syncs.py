@@ -24,12 +24,13 @@ from torch import Tensor
 
 from benchmarks.detector.syncs import Options, build_step, main
 from benchmarks.pretended import pretended_device, pretending
+from msdetr.config import AssignmentConfig
 from msdetr.ops.linear_assignment import linear_assignment
 from msdetr.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--preset", "tiny", "--batch", "2", "--height", "64", "--width", "64", "--num-targets", "3"]
-EXTRA_QUERIES: dict[str, dict[str, Any]] = {
+RELATIVES: dict[str, dict[str, Any]] = {
     "tiny-hybrid": {"extra_queries": "hybrid", "num_hybrid_queries": 20},
     "tiny-group": {
         "extra_queries": "group",
@@ -37,7 +38,22 @@ EXTRA_QUERIES: dict[str, dict[str, Any]] = {
         "num_queries": 20,
         "proposal_score": "best_class",
     },
+    "tiny-dn": {"denoising": "dn", "denoising_groups": 2},
+    "tiny-cdn": {"denoising": "contrastive", "denoising_groups": 2},
+    "tiny-dino": {
+        "denoising": "contrastive",
+        "denoising_groups": 2,
+        "query_position": "box",
+        "head_sharing": "decoder",
+        "decoder_norm": True,
+        "proposal_score": "best_class",
+        "one_to_many": "none",
+        "one_to_many_ffn": False,
+    },
+    "tiny-deta": {"proposal_nms_iou_threshold": 0.9, "proposal_content": True},
 }
+ASSIGNMENTS = {"tiny-deta": AssignmentConfig(decoder_match="iou", encoder_match="iou")}
+"""The others have that of `tiny`."""
 
 x: Tensor
 """[1, 2, 3, 4] on the device, and the same on the host."""
@@ -184,10 +200,12 @@ def _observe() -> dict[str, Any]:
         seen["mixed"] = _error_of(lambda: x + host)
         seen["losses"] = [_losses(torch.device("cpu")), _losses(device)]
     tiny = PRESETS["tiny"]
-    for name, change in EXTRA_QUERIES.items():
-        config = replace(tiny.config, model=replace(tiny.config.model, **change))
+    for name, change in RELATIVES.items():
+        model = replace(tiny.config.model, **change)
+        assignment = ASSIGNMENTS.get(name, tiny.config.assignment)
+        config = replace(tiny.config, model=model, assignment=assignment)
         PRESETS[name] = replace(tiny, config=config)
-    for impl, more in (("auto", EXTRA_QUERIES), ("reference", ())):
+    for impl, more in (("auto", RELATIVES), ("reference", ())):
         output = io.StringIO()
         arguments = [*TINY, "--device", "pretend", "--check", "--impl", impl]
         with contextlib.redirect_stdout(output):
@@ -252,7 +270,7 @@ def test_the_pretended_step_computes_what_the_cpu_does(seen: dict[str, Any]) -> 
 def test_the_step_never_waits(seen: dict[str, Any]) -> None:
     status, output = seen["check auto"]
     assert status == 0, output
-    for name in ("tiny", *EXTRA_QUERIES):
+    for name in ("tiny", *RELATIVES):
         assert f"step of {name}: 0 of " in output
     assert "(0 launches" not in output
 
