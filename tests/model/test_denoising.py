@@ -422,6 +422,18 @@ class TestTraining:
             assert not gradient.any()
             assert not any(losses.terms[f"{kind}/{term}"].any() for term in ("class", "bbox"))
 
+    @every_model("dino", "dn-detr", "ms-detr, hybrid")
+    def test_under_autocast(self, config):
+        detector, targets = Detector(config), random_targets(dtype=torch.float32)
+        randomize(detector)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = detector(image_batch(), targets)
+            losses = Criterion(AssignmentConfig(), LossConfig())(output, targets)
+        losses.total.backward()
+        assert output.branches[BRANCH[config.denoising]].predictions.boxes.dtype == torch.float32
+        assert all(p.grad.isfinite().all() for p in detector.parameters())
+        assert detector.denoising.label_embed.weight.grad.any()
+
     @every_model("dino", "dn-detr")
     @pytest.mark.parametrize(("count", "slots"), [(1, 1), (5, 6)])
     def test_target_slots_of_the_loader(self, config, count, slots):
