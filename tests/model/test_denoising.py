@@ -387,7 +387,7 @@ class TestBoxes:
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_boxes_stay_on_the_image(self, kind):
-        boxes = noised_boxes(kind, torch.tensor([0.05, 0.95, 0.1, 0.1]), 1.0)
+        boxes = noised_boxes(kind, torch.tensor([0.02, 0.98, 0.2, 0.9]), 1.0)
         corners = boxes if kind == "dn" else cxcywh_to_xyxy(boxes)
         assert corners.min() >= -1e-6
         assert corners.max() <= 1.0 + 1e-6
