@@ -387,7 +387,7 @@ class TestBoxes:
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_boxes_stay_on_the_image(self, kind):
-        boxes = noised_boxes(kind, torch.tensor([0.05, 0.95, 0.1, 0.1]), 1.0)
+        boxes = noised_boxes(kind, torch.tensor([0.02, 0.98, 0.2, 0.9]), 1.0)
         corners = boxes if kind == "dn" else cxcywh_to_xyxy(boxes)
         assert corners.min() >= -1e-6
         assert corners.max() <= 1.0 + 1e-6
@@ -421,6 +421,18 @@ class TestTraining:
         else:
             assert not gradient.any()
             assert not any(losses.terms[f"{kind}/{term}"].any() for term in ("class", "bbox"))
+
+    @every_model("dino", "dn-detr", "ms-detr, hybrid")
+    def test_under_autocast(self, config):
+        detector, targets = Detector(config), random_targets(dtype=torch.float32)
+        randomize(detector)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = detector(image_batch(), targets)
+            losses = Criterion(AssignmentConfig(), LossConfig())(output, targets)
+        losses.total.backward()
+        assert output.branches[BRANCH[config.denoising]].predictions.boxes.dtype == torch.float32
+        assert all(p.grad.isfinite().all() for p in detector.parameters())
+        assert detector.denoising.label_embed.weight.grad.any()
 
     @every_model("dino", "dn-detr")
     @pytest.mark.parametrize(("count", "slots"), [(1, 1), (5, 6)])

@@ -161,6 +161,15 @@ def test_a_box_of_several_targets_belongs_to_the_last():
     assert pairs.target.tolist() == [[0]]
 
 
+@pytest.mark.parametrize(("threshold", "number"), [(0.5, 2), (0.51, 1)])
+def test_an_iou_of_the_threshold_is_positive(threshold, number):
+    box = torch.tensor([0.5, 0.5, 0.5, 0.5])
+    targets = padded_targets([torch.zeros(1).long()], [box[None]], slots=1)
+    boxes = torch.stack((box, torch.tensor([0.5, 0.5, 0.5, 0.25])))[None]
+    pairs = check(boxes, targets, Options(threshold=threshold))
+    assert pairs.mask.sum().item() == number
+
+
 def test_positives_of_the_lowest_priority_are_kept():
     targets = padded_targets([torch.zeros(1).long()], [torch.tensor([[0.5] * 4])], slots=1)
     boxes = torch.full((1, 6, 4), 0.5)

@@ -46,6 +46,27 @@ class TestBoxLosses:
         torch.testing.assert_close(result[0], l1)
         torch.testing.assert_close(result[1], giou)
 
+    def test_an_epsilon_in_the_denominators_of_giou(self):
+        scene = random_scene((3, 0, 5), dtype=torch.float64)
+        assignment = random_assignment(scene, k=4)
+        logits = scene.boxes.new_zeros(*scene.boxes.shape[:-1], 1)
+        predictions = Predictions(logits, scene.boxes)
+        result = giou_loss(
+            loss_inputs(predictions, scene.targets, assignment, LossConfig(giou_eps=0.1))
+        )
+        expected = torch.zeros_like(result)
+        for layer, image, target, place in assignment.mask.nonzero().tolist():
+            query = assignment.query_index[layer, image, target, place]
+            x, y, w, h = torch.stack(
+                (scene.boxes[layer, image, query], scene.targets.boxes[image, target])
+            ).unbind(-1)
+            low, high = torch.stack((x - w / 2, y - h / 2)), torch.stack((x + w / 2, y + h / 2))
+            inside = (high.amin(1) - low.amax(1)).clamp(min=0).prod()
+            hull = (high.amax(1) - low.amin(1)).prod()
+            union = (w * h).sum() - inside
+            expected[layer] += 1 - inside / (union + 0.1) + (hull - union) / (hull + 0.1)
+        torch.testing.assert_close(result, expected)
+
     def test_gradient(self):
         scene = random_scene((2, 3), layers=1, queries=4, dtype=torch.float64)
         assignment = random_assignment(scene, k=2)

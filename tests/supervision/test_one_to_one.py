@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from scenes import Scene, match, padded_targets, random_scene, with_garbage_padding
@@ -18,15 +20,16 @@ MATCHER = Hungarian(**COSTS)
 @pytest.mark.parametrize(
     ("counts", "queries"), [((3, 0, 5), 12), ((0, 0), 4), ((7, 2), 4), ((1,), 1)]
 )
-def test_pairs_are_those_of_least_cost_and_classes_follow(counts, queries):
+@pytest.mark.parametrize("giou_eps", [0.0, 1.0])
+def test_pairs_are_those_of_least_cost_and_classes_follow(counts, queries, giou_eps):
     scene = random_scene(counts, layers=3, queries=queries)
     targets = scene.targets
-    assignment = match(MATCHER, scene)
+    assignment = match(replace(MATCHER, giou_eps=giou_eps), scene)
     slots = targets.labels.shape[1]
     assert assignment.query_index.shape == assignment.mask.shape == (3, len(counts), slots, 1)
     assert assignment.target_class.shape == scene.logits.shape[:3]
 
-    cost = matching_cost(*scene, **COSTS)
+    cost = matching_cost(*scene, **COSTS, giou_eps=giou_eps)
     for layer in range(3):
         for image, count in enumerate(counts):
             pairs = linear_sum_assignment(cost[layer, image, :, :count])
