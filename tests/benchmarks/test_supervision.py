@@ -16,6 +16,7 @@ from benchmarks.detector.cases import Case, recipe
 from benchmarks.detector.flops import detector_flops
 from benchmarks.detector.query_sets import check_agreement, denoising_forms, forms
 from benchmarks.detector.supervision import (
+    check_comparable,
     groups_of,
     merged,
     over_baseline,
@@ -90,9 +91,10 @@ def test_rows_of_one_commit_share_a_baseline() -> None:
 
 
 def test_rows_of_another_machine_are_not_merged() -> None:
-    other = [{**row, "device": "another CPU"} for row in machine_rows("one", "a")]
-    with pytest.raises(ValueError, match="cannot be merged: device is"):
-        merged(other, machine_rows("two", "b"))
+    rows = machine_rows("one", "a")
+    check_comparable(rows)
+    with pytest.raises(ValueError, match="cannot be merged: device is a CPU and another CPU"):
+        check_comparable([*rows, {**rows[0], "device": "another CPU"}])
 
 
 def test_the_baseline_is_in_each_pair() -> None:
