@@ -30,6 +30,18 @@ BASELINE = "deformable-detr-pp-r50-300"
 SMALL = ["--height", "64", "--width", "64", "--batches", "1", "--device", "cpu"]
 
 
+def test_a_recipe_is_a_preset_perhaps_with_denoising() -> None:
+    model = recipe("tiny").model
+    noised = recipe("tiny+dn").model
+    assert (noised.denoising, noised.denoising_groups) == ("dn", 5)
+    assert recipe("tiny+cdn").model.denoising == "contrastive"
+    assert replace(recipe("tiny+cdn").model, denoising="none") == model
+    with pytest.raises(ValueError, match="denoising 'group': known are dn, cdn"):
+        Case(preset="tiny+group")
+    with pytest.raises(ValueError, match="preset 'tinny'"):
+        Case(preset="tinny+dn")
+
+
 def step_row(preset: str, seconds: float, batch: int = 2) -> dict[str, Any]:
     case = {"implementation": "eager", "dtype": "float32", "batch": batch}
     return {**case, "preset": preset, "seconds_p50": seconds}
