@@ -182,6 +182,8 @@ REFUSED = [
             "num_hybrid_queries",
             "num_groups",
             "num_classes",
+            "denoising_queries",
+            "denoising_groups",
         )
     ],
     (ModelConfig, {"num_encoder_layers": -1}, "num_encoder_layers must be at least"),
@@ -203,6 +205,76 @@ REFUSED = [
     (ModelConfig, {"one_to_many": "output"}, "one_to_many_ffn belongs to"),
     (ModelConfig, {"one_to_many": "none"}, "one_to_many_ffn belongs to"),
     (ModelConfig, {"backbone": "convnet", "dilation": True}, "dilation is for the ResNet"),
+    *[
+        (ModelConfig, {name: -0.1}, f"{name} must be at least 0 and finite")
+        for name in ("denoising_box_noise", "position_offset")
+    ],
+    *[
+        (ModelConfig, {name: value}, f"{name} must be in")
+        for name in ("denoising_label_noise", "proposal_nms_iou_threshold")
+        for value in (-0.1, 1.1)
+    ],
+    *[
+        (ModelConfig, {"position_temperature": value}, "position_temperature must be positive")
+        for value in (0.0, -1.0)
+    ],
+    *[
+        (ModelConfig, {"logit_eps": value}, r"logit_eps must be in \(0, 0.5\)")
+        for value in (0.0, 0.5, float("nan"))
+    ],
+    (ModelConfig, {"proposal_content": True, "two_stage": False}, "needs two_stage"),
+    (ModelConfig, {"proposal_nms_iou_threshold": 0.9, "two_stage": False}, "needs two_stage and"),
+    (
+        ModelConfig,
+        {"proposal_nms_iou_threshold": 0.9, "proposal_score": "best_class"},
+        "proposal_score='first_class'",
+    ),
+    *[
+        (
+            ModelConfig,
+            {"proposal_nms_iou_threshold": 0.9, "extra_queries": extra, "two_stage": True},
+            message,
+        )
+        for extra, message in (("hybrid", "for one set of queries"), ("group", "extra_queries"))
+    ],
+    *[
+        (ModelConfig, {"query_position": value}, "with two_stage needs mixed_selection")
+        for value in ("box", "box_content")
+    ],
+    (
+        ModelConfig,
+        {"query_position": "box_content", "two_stage": False, "num_decoder_layers": 1},
+        "needs num_decoder_layers 2, got 1",
+    ),
+    *[
+        (
+            ModelConfig,
+            {"denoising": value, "two_stage": False},
+            f"denoising='{value}' makes queries of boxes: it needs two_stage, or query_position",
+        )
+        for value in ("dn", "contrastive")
+    ],
+    *[
+        (AssignmentConfig, {name: 0}, f"{name} must be at least 1")
+        for name in ("iou_k", "encoder_max_positives")
+    ],
+    *[
+        (AssignmentConfig, {name: 1.5}, f"{name} must be in")
+        for name in ("iou_threshold", "encoder_iou_threshold")
+    ],
+    *[
+        (cls, {"giou_eps": -1e-6}, "giou_eps must be at least 0")
+        for cls in (AssignmentConfig, LossConfig)
+    ],
+    *[
+        (LossConfig, {f"denoising_{term}_weight": -1.0}, f"denoising_{term}_weight must be at")
+        for term in ("class", "bbox", "giou")
+    ],
+    (
+        AssignmentConfig,
+        {"indices_merge": True, "decoder_match": "iou"},
+        "indices_merge adds one-to-one pairs",
+    ),
     (AssignmentConfig, {"hybrid_k": 0}, "hybrid_k must be at least 1"),
     (AssignmentConfig, {"one_to_many_k": 0}, "one_to_many_k must be at least 1"),
     (AssignmentConfig, {"positive_fraction": 1.5}, "positive_fraction must be in"),
@@ -298,6 +370,10 @@ def test_refuses(cls, values, message):
     [
         (ModelConfig, {"dropout": 0.0, "num_levels": 5, "num_classes": None}),
         (ModelConfig, {"one_to_many": "none", "one_to_many_ffn": False, "two_stage": False}),
+        (ModelConfig, {"denoising_box_noise": 0.0, "denoising_label_noise": 1.0}),
+        (ModelConfig, {"query_position": "box", "two_stage": False, "denoising": "dn"}),
+        (ModelConfig, {"denoising": "contrastive", "denoising_groups": 1}),
+        (AssignmentConfig, {"giou_eps": 0.0, "iou_threshold": 0.0, "encoder_iou_threshold": 1.0}),
         (AssignmentConfig, {"positive_fraction": 0.0, "cost_class": 0.0, "cost_giou": 0.0}),
         (OptimizerConfig, {"clip_grad_norm": 0.0, "backbone_lr": 0.0}),
         (DataConfig, {"num_workers": 0, "pad_multiple": 1, "num_image_buckets": 1}),

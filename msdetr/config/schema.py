@@ -186,6 +186,11 @@ class ModelConfig:
                 f"query_position={self.query_position!r} with two_stage needs mixed_selection: "
                 "there is no content besides the learned one"
             )
+        if self.query_position == "box_content" and self.num_decoder_layers < 2:
+            raise ValueError(
+                "query_position='box_content' scales from the second layer on: it needs "
+                f"num_decoder_layers 2, got {self.num_decoder_layers}"
+            )
         if self.query_position == "initial" and not self.two_stage and self.denoising != "none":
             raise ValueError(
                 f"denoising={self.denoising!r} makes queries of boxes: it needs two_stage, or "

@@ -134,6 +134,34 @@ def test_groups_of_queries_do_not_see_each_other(sets):
         torch.testing.assert_close(mine, other)
 
 
+@pytest.mark.parametrize("others", [((5, 1),), ((3, 2),), ((3, 2), (4, 1))], ids=str)
+@pytest.mark.parametrize("groups", [(1, 1), (2, 3), (4, 2)], ids=str)
+def test_a_set_may_see_the_queries_that_infer(others, groups):
+    """As with the mask that a single attention would need: values and gradients."""
+    size, number = groups
+    sets = sets_of(*others).preceded_by(QuerySet("denoising", size, number, sees_primary=True))
+    assert sets.primary.branch == "set0"
+    attention = SelfAttention(hidden_dim=32, num_heads=4, dropout=0.0).double()
+    expected = nn.MultiheadAttention(32, 4, batch_first=True).double()
+    randomize(attention)
+    expected.load_state_dict(attention.state_dict())
+    x, query_pos = torch.randn(2, 2, sets.num_queries, 32, dtype=torch.float64)
+    x.requires_grad_()
+    sizes = [part.group_size for part in sets.sets for _ in range(part.num_groups)]
+    mask = ~torch.block_diag(*(torch.ones(n, n) for n in sizes)).bool()
+    denoising = size * number
+    mask[:denoising, denoising : denoising + sets.primary.group_size] = False
+    position = x + query_pos
+    result = attention(x, query_pos, sets)
+    masked = expected(position, position, x, attn_mask=mask)[0]
+    torch.testing.assert_close(result, masked)
+    weight = torch.randn_like(result)
+    ours = torch.autograd.grad((result * weight).sum(), (x, *attention.parameters()))
+    theirs = torch.autograd.grad((masked * weight).sum(), (x, *expected.parameters()))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
 def test_self_attention_is_initialised_as_pytorch_s():
     attention, expected = SelfAttention(64, 4, 0.0), nn.MultiheadAttention(64, 4)
     for name, parameter in expected.named_parameters():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from model.helpers import cropped, random_pyramid, randomize, tiny_config
-from torch import nn
+from torch import Tensor, nn
 
 from msdetr.model.decoder import Decoder, DecoderLayer, LayerOutput
 from msdetr.model.geometry import level_valid_ratios
@@ -181,6 +181,86 @@ class TestLookForwardTwice:
         expected, result = (decode(x, queries, pyramid, heads) for x in (once, twice))
         for name, predictions in expected.items():
             assert all(map(torch.equal, predictions, result[name]))
+
+
+@pytest.mark.parametrize("logit_eps", [1e-5, 1e-3])
+@pytest.mark.parametrize("decoder_norm", [True, False])
+@pytest.mark.parametrize("one_to_many", ["internal", "output"])
+def test_coordinates_at_the_border_count_as_an_epsilon_away(logit_eps, decoder_norm, one_to_many):
+    """In predictions of all branches, and where the next layer starts. Heads move nothing."""
+    decoder, heads = decoding(
+        logit_eps=logit_eps,
+        decoder_norm=decoder_norm,
+        one_to_many=one_to_many,
+        one_to_many_ffn=False,
+    )
+    for embed in heads.bbox_embed:
+        nn.init.zeros_(embed.last.weight)
+        nn.init.zeros_(embed.last.bias)
+    starts: list[Tensor] = []
+    for layer in decoder.layers:
+        layer.register_forward_pre_hook(lambda module, inputs: starts.append(inputs[2]))
+    queries = random_queries()
+    border = torch.tensor([0.0, 1.0]).expand(2, QUERIES, 2).repeat(1, 1, 2).double()
+    output = decode(
+        decoder,
+        queries._replace(reference=border),
+        random_pyramid(SHAPES, VALID_SIZES),
+        heads,
+    )
+    for index, start in enumerate(starts):
+        torch.testing.assert_close(start, border, rtol=1e-9, atol=1e-12)
+        low, high = border.clamp(min=logit_eps), (1.0 - border).clamp(min=logit_eps)
+        border = low / (low + high)
+        for branch in output.values():
+            torch.testing.assert_close(branch.boxes[index], border, rtol=1e-9, atol=1e-12)
+
+
+class TestNorm:
+    """Predictions are made of the normalised state; the next layer starts from the other one."""
+
+    def decode(self, **changes) -> tuple[dict[str, Predictions], list[Tensor], DetectionHeads]:
+        """Predictions, and the boxes where the layers started."""
+        decoder, heads = decoding(decoder_norm=True, **changes)
+        states: list[LayerOutput] = []
+        starts: list[Tensor] = []
+        for layer in decoder.layers:
+            layer.register_forward_hook(lambda module, inputs, output: states.append(output))
+            layer.register_forward_pre_hook(lambda module, inputs: starts.append(inputs[2]))
+        output = decode(decoder, random_queries(), random_pyramid(SHAPES, VALID_SIZES), heads)
+        for index, (state, start) in enumerate(zip(states, starts, strict=True)):
+            classes, box = heads.of_layer(index)
+            many = state.x if state.one_to_many is None else state.one_to_many
+            sources = {"one_to_one": decoder.norm(state.x), "one_to_many": decoder.norm(many)}
+            for name in output:
+                source = sources[name]
+                torch.testing.assert_close(output[name].logits[index], classes[name](source))
+                boxes = (box(source) + start.logit()).sigmoid()
+                torch.testing.assert_close(output[name].boxes[index], boxes)
+            if index + 1 < len(starts):
+                step = box(state.x) if decoder.box_refine else 0.0
+                torch.testing.assert_close(starts[index + 1], (step + start.logit()).sigmoid())
+        return output, starts, heads
+
+    @pytest.mark.parametrize("head_sharing", ["none", "decoder"])
+    @pytest.mark.parametrize("box_refine", [True, False])
+    @pytest.mark.parametrize("one_to_many", ["none", "internal", "output"])
+    def test_values(self, head_sharing, box_refine, one_to_many):
+        output, _, _ = self.decode(
+            head_sharing=head_sharing,
+            box_refine=box_refine,
+            one_to_many=one_to_many,
+            one_to_many_ffn=one_to_many == "internal",
+        )
+        assert ("one_to_many" in output) == (one_to_many != "none")
+
+    @pytest.mark.parametrize("twice", [True, False])
+    def test_gradients_reach_the_head_before_only_looking_twice(self, twice):
+        output, starts, heads = self.decode(look_forward_twice=twice)
+        assert not any(start.requires_grad for start in starts)
+        for branch in output.values():
+            reached = heads_reached(heads, branch, "bbox_embed")
+            assert reached == ([[0], [0, 1], [1, 2]] if twice else [[0], [1], [2]])
 
 
 def test_box_losses_never_train_class_heads():

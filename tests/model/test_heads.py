@@ -48,6 +48,35 @@ def test_layers_have_their_own_heads_only_with_refinement(refine):
     assert values == ([0.0, 1.0, 2.0, 3.0] if refine else [0.0] * 4)
 
 
+@pytest.mark.parametrize("refine", [True, False])
+@pytest.mark.parametrize("two_stage", [True, False])
+@pytest.mark.parametrize(
+    ("sharing", "of_layers", "of_encoder"),
+    [("none", [0, 1, 2], 3), ("decoder", [0, 0, 0], 1), ("all", [0, 0, 0], 0)],
+)
+def test_sharing(sharing, of_layers, of_encoder, refine, two_stage):
+    """It does not depend on refinement where it is stated."""
+    heads = heads_of(
+        head_sharing=sharing,
+        box_refine=refine,
+        two_stage=two_stage,
+        one_to_many="output",
+        one_to_many_ffn=False,
+    )
+    number = 1 + max(*of_layers, of_encoder if two_stage else 0)
+    assert len(heads.class_embed) == len(heads.bbox_embed) == number
+    assert len(heads.one_to_many_class_embed) == 1 + max(of_layers)
+    for layer, index in enumerate(of_layers):
+        classes, box = heads.of_layer(layer)
+        assert classes["one_to_one"] is heads.class_embed[index]
+        assert classes["one_to_many"] is heads.one_to_many_class_embed[index]
+        assert box is heads.bbox_embed[index]
+    if two_stage:
+        encoder = heads.of_encoder()
+        assert encoder.classes is heads.class_embed[of_encoder]
+        assert encoder.box is heads.bbox_embed[of_encoder]
+
+
 def test_one_to_many_shares_class_heads_unless_it_is_taken_at_the_output():
     classes, box = heads_of(one_to_many="internal").of_layer(1)
     assert classes["one_to_many"] is classes["one_to_one"] is not box

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from msdetr.model.heads import DetectionHeads
 from msdetr.model.proposal_queries import ProposalQueries, proposal_anchors
-from msdetr.model.query_selection import EmbeddedQueries
+from msdetr.model.query_selection import AnchorQueries, EmbeddedQueries, Queries
 from msdetr.ops.ms_deform_attn import padding_mask
 
 SHAPES = ((4, 6), (2, 3))
@@ -173,3 +173,60 @@ class TestEmbedded:
     def test_reference_points_start_without_bias(self):
         selection, _ = self.queries()
         assert not selection.reference_points.bias.any()
+
+
+class TestAnchorQueries:
+    def queries(self, denoising: str = "none") -> tuple[AnchorQueries, Queries]:
+        config = tiny_config(two_stage=False, query_position="box", denoising=denoising)
+        selection = AnchorQueries(config)
+        pyramid = random_pyramid(SHAPES, VALID_SIZES)
+        return selection, selection(pyramid, DetectionHeads(config, 3))
+
+    @pytest.mark.parametrize("denoising", ["none", "contrastive", "dn"])
+    def test_every_image_gets_the_learned_contents_and_boxes(self, denoising):
+        selection, queries = self.queries(denoising)
+        content = selection.query_embed.weight
+        if denoising == "dn":
+            assert content.shape == (4, 31)
+            content = torch.cat((content, torch.zeros(4, 1)), dim=1)  # not a denoising query
+        assert torch.equal(queries.content, content.expand(2, -1, -1))
+        reference = selection.anchors.weight.sigmoid()
+        assert torch.equal(queries.reference, reference.expand(2, -1, -1))
+        assert queries.query_pos is None
+        assert not queries.proposals
+
+    def test_contents_and_boxes_learn(self):
+        selection, queries = self.queries("dn")
+        (queries.reference.sum() + queries.content.sum()).backward()
+        assert selection.anchors.weight.grad.all()
+        assert selection.query_embed.weight.grad.all()
+
+
+class TestContentOfProposals:
+    @pytest.mark.parametrize("mixed_selection", [True, False])
+    def test_the_token_of_a_proposal_is_added(self, mixed_selection):
+        changes = {"mixed_selection": mixed_selection}
+        with_token, heads = proposing(proposal_content=True, **changes)
+        without, _ = proposing(**changes)
+        without.load_state_dict(
+            {n: x for n, x in with_token.state_dict().items() if not n.startswith("pix_trans")}
+        )
+        pyramid = random_pyramid(SHAPES, VALID_SIZES)
+        queries, base = (selection(pyramid, heads) for selection in (with_token, without))
+        assert torch.equal(queries.reference, base.reference)
+        assert torch.equal(queries.query_pos, base.query_pos)
+        tokens = with_token.enc_output_norm(with_token.enc_output(pyramid.tokens))
+        best = heads.of_encoder().classes(tokens)[..., 0]
+        best[padding_mask(SHAPES, pyramid.valid_sizes)] = -float("inf")
+        best = best.topk(4, dim=1).indices[..., None].expand(-1, -1, 32)
+        added = with_token.pix_trans_norm(with_token.pix_trans(tokens.gather(1, best)))
+        torch.testing.assert_close(queries.content, base.content + added)
+
+    def test_the_encoder_does_not_learn_from_it(self):
+        selection, heads = proposing(proposal_content=True, mixed_selection=True)
+        pyramid = random_pyramid(SHAPES, VALID_SIZES)
+        pyramid.tokens.requires_grad_()
+        selection(pyramid, heads).content.sum().backward()
+        assert pyramid.tokens.grad is None or not pyramid.tokens.grad.any()
+        assert selection.pix_trans_norm.bias.grad.any()
+        assert selection.enc_output.weight.grad is None

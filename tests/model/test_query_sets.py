@@ -14,6 +14,7 @@ from msdetr.config import ModelConfig
 from msdetr.model.detector import Detector
 from msdetr.model.heads import DetectionHeads
 from msdetr.model.proposal_queries import ProposalQueries
+from msdetr.model.query_sets import QuerySet, QuerySets, visible_queries
 from msdetr.structures import Branch, DetectorOutput, Predictions
 
 QUERIES, HYBRID_QUERIES, GROUPS, LAYERS = 4, 6, 3, 2
@@ -278,6 +279,30 @@ def test_names_of_parameters(kind, rows, stage):
             ):
                 expected[name.format(group)] = shape
     assert extra_names(ALL[f"{kind}, {stage}, output"]) == expected
+
+
+def test_a_set_before_the_others():
+    """The primary set keeps its place among the queries of the decoder."""
+    sets = QuerySets((QuerySet("one_to_one", 4, 2), QuerySet("hybrid", 5)))
+    more = sets.preceded_by(QuerySet("denoising", 3, 2, sees_primary=True))
+    assert [part.branch for part in more.sets] == ["denoising", "one_to_one", "hybrid"]
+    assert more.primary == sets.primary
+    assert (sets.num_queries, more.num_queries) == (13, 19)
+    x = torch.arange(19)[None, :, None]
+    assert [part.flatten().tolist() for part in more.split(x)] == [
+        list(range(6)),
+        list(range(6, 14)),
+        list(range(14, 19)),
+    ]
+    assert torch.equal(more.of_primary(x), more.split(x)[1])
+    assert torch.equal(sets.of_primary(x[:, :13]), x[:, :8])
+
+
+def test_what_a_set_sees():
+    query_set = QuerySet("denoising", 2, 2, sees_primary=True)
+    expected = [[1, 1, 0, 0, 1, 1, 1], [1, 1, 0, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1]]
+    visible = visible_queries(query_set, 3, torch.device("cpu"))
+    assert visible.tolist() == [[bool(x) for x in row] for row in (*expected, expected[-1])]
 
 
 def test_initial_values_of_groups():

@@ -6,7 +6,8 @@ import pytest
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Parametrise a test marked `golden(prefix, ...)` on `case`, over the cases it names."""
+    """Parametrise a test marked `golden(prefix, ...)` on `case`, over the cases it names; with
+    `kind="function"` over those that record one part of a model."""
     marker = metafunc.definition.get_closest_marker("golden")
     if marker is None:
         return
@@ -14,7 +15,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     from parity.golden import find_cases
 
     folder = metafunc.config.getoption("--golden-dir")
-    cases = find_cases(folder, marker.args)
+    cases = find_cases(folder, marker.args, **marker.kwargs)
     if not cases:
         reason = f"no {' or '.join(marker.args)} cases in {folder}"
         cases = [pytest.param(None, marks=pytest.mark.skip(reason=reason))]

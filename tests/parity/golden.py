@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.detector.published import by_published_name
+from msdetr.model.query_sets import QuerySet
 from msdetr.published import PUBLISHED_FLAGS
 from msdetr.structures import Assignment, ImageBatch, Targets
 
@@ -55,14 +57,14 @@ class GoldenCase:
         """Recorded (query, target) pairs of one image, by target, then query."""
         return sorted(self.arrays[name].tolist(), key=lambda pair: pair[::-1])
 
-    def targets(self) -> Targets:
-        """Padded targets; two slots more than needed, filled with what must not matter."""
+    def targets(self, *, empty_slots: int = 2) -> Targets:
+        """Targets, padded to some slots more than needed, with what must not matter."""
         boxes, labels = [], []
         while f"target{len(boxes)}.boxes" in self.arrays:
             index = len(boxes)
             boxes.append(self.tensor(f"target{index}.boxes"))
             labels.append(self.tensor(f"target{index}.labels"))
-        slots = max(len(image) for image in labels) + 2
+        slots = max(len(image) for image in labels) + empty_slots
         padded_labels = torch.zeros(len(labels), slots, dtype=torch.int64)
         padded_boxes = torch.full((len(labels), slots, 4), 0.5, dtype=boxes[0].dtype)
         for image, (image_boxes, image_labels) in enumerate(zip(boxes, labels, strict=True)):
@@ -70,6 +72,23 @@ class GoldenCase:
             padded_boxes[image, : len(image_boxes)] = image_boxes
         count = torch.tensor([len(image) for image in labels])
         return Targets(padded_labels, padded_boxes, count)
+
+    def noise(self, targets: Targets, query_set: QuerySet, num_classes: int) -> Tensor:
+        """The recorded draws of denoising queries as `DenoisingQueries.draw` gives them."""
+        num_rows, num_slots = int(targets.count.sum()), targets.labels.shape[1]
+        num_copies = query_set.num_queries // num_slots
+        uniform = torch.zeros(*targets.labels.shape, num_copies, 10, dtype=torch.float64)
+
+        def of_slots(name: str) -> Tensor:
+            rows = self.tensor(f"draw.{name}").double()
+            return rows.unflatten(0, (num_copies, num_rows)).transpose(0, 1)
+
+        uniform[targets.mask, :, 0] = of_slots("label_p")
+        uniform[targets.mask, :, 1] = (of_slots("label_new") + 0.5) / num_classes
+        uniform[targets.mask, :, 2:6] = of_slots("box")
+        if "draw.sign" in self.arrays:
+            uniform[targets.mask, :, 6:] = 1.0 - of_slots("sign")  # numbers below 0.5 move right
+        return uniform.transpose(1, 2).flatten(1, 2)
 
     def images(self) -> ImageBatch:
         """The case's normalised images, float64, padded to the largest."""
@@ -85,7 +104,7 @@ class GoldenCase:
     def published_state_dict(self) -> dict[str, Tensor]:
         """Weights by the rule of the golden set, under their published names."""
         return {
-            name: _weight(canonical_name(name, self.info), shape)
+            name: weight_by_rule(canonical_name(name, self.info), shape)
             for name, shape in self.info["state_dict"].items()
         }
 
@@ -131,10 +150,13 @@ def assert_relative(
     )
 
 
-def find_cases(folder: Path, prefixes: tuple[str, ...]) -> list[GoldenCase]:
-    return [
+def find_cases(
+    folder: Path, prefixes: tuple[str, ...], *, kind: str | None = None
+) -> list[GoldenCase]:
+    cases = [
         GoldenCase(path) for path in sorted(folder.glob("*.npz")) if path.stem.startswith(prefixes)
     ]
+    return [case for case in cases if kind is None or case.info["kind"] == kind]
 
 
 def golden_models() -> dict[str, dict[str, Any]]:
@@ -172,7 +194,8 @@ def canonical_name(name: str, info: dict[str, Any]) -> str:
     return name
 
 
-def _weight(canonical: str, shape: list[int]) -> Tensor:
+def weight_by_rule(canonical: str, shape: Sequence[int]) -> Tensor:
+    """A parameter of the golden set."""
     seed = zlib.crc32(canonical.encode())
     x = np.random.Generator(np.random.PCG64(seed)).standard_normal(shape)
     last = canonical.rpartition(".")[2]

@@ -1,8 +1,7 @@
 """Group DETR against LW-DETR, its published code with deformable attention, in float64.
 
-LW-DETR is another detector: it has no deformable encoder, and its queries have learned anchors and
-a position code that every layer computes anew (`LWDETR` below). Selection, decoder layers, matching
-and losses are ours.
+LW-DETR is another detector: it has no deformable encoder, and its queries start at learned offsets
+from the proposals (`LWDETR` below). The rest is ours.
 """
 
 from __future__ import annotations
@@ -15,11 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from msdetr.config import AssignmentConfig, LossConfig, ModelConfig
-from msdetr.model.decoder import DecoderLayer
+from msdetr.model.decoder import Decoder, DecoderLayer
 from msdetr.model.geometry import level_valid_ratios
 from msdetr.model.heads import DetectionHeads
-from msdetr.model.layers import MLP
-from msdetr.model.position_embedding import box_position_code
 from msdetr.model.proposal_queries import ProposalQueries
 from msdetr.model.query_sets import query_sets
 from msdetr.structures import Branch, DetectorOutput, FeaturePyramid, Predictions, Targets
@@ -188,82 +185,66 @@ def test_losses_and_gradients(case: GoldenCase, impl: str, request: pytest.Fixtu
                 )
 
 
+_MODULE_NAMES = {
+    "query_feat": "selection.query_embed",
+    "norm": "decoder.norm",
+    "ref_point_head": "decoder.query_position.ref_point_head",
+    "class_embed": "heads.class_embed.0",
+    "bbox_embed": "heads.bbox_embed.0",
+}
 _ENCODER_NAMES = {
-    # Ours of group 0 and of the further ones; `{}` is the encoder's place among the heads.
+    # Ours of group 0 and of the further ones.
     "enc_output": ("selection.enc_output", "selection.group_enc_output"),
     "enc_output_norm": ("selection.enc_output_norm", "selection.group_enc_output_norm"),
-    "enc_out_class_embed": ("heads.class_embed.{}", "heads.group_class_embed"),
-    "enc_out_bbox_embed": ("heads.bbox_embed.{}", "heads.group_bbox_embed"),
+    "enc_out_class_embed": ("heads.class_embed.1", "heads.group_class_embed"),
+    "enc_out_bbox_embed": ("heads.bbox_embed.1", "heads.group_bbox_embed"),
 }
 
 
 class LWDETR(nn.Module):
-    """LW-DETR without its backbone: our selection and layers, and what has no counterpart here.
-
-    These are learned anchor offsets, heads that all layers share, position codes from the reference
-    of each layer, and a norm before the heads.
-    """
+    """LW-DETR without its backbone: our selection, decoder and heads, and learned offsets of the
+    selected boxes, which have no counterpart here."""
 
     def __init__(self, info: dict[str, Any]) -> None:
         super().__init__()
+        refines = not info["lite_refpoint_refine"]
         config = _config(
             info,
             hidden_dim=info["hidden_dim"],
             num_heads=info["ca_nheads"],
             num_decoder_layers=info["dec_layers"],
+            query_position="box",
+            head_sharing="decoder",
+            decoder_norm=True,
+            box_refine=refines,
+            look_forward_twice=refines,
+            logit_eps=1e-12,  # it adds up logits
         )
-        channels, num_classes = config.hidden_dim, info["num_classes"]
-        self.config = config
-        self.refines = not info["lite_refpoint_refine"]
         self.selection = ProposalQueries(config)
-        self.heads = DetectionHeads(config, num_classes)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(info["dec_layers"]))
-        for layer in self.layers:
+        self.heads = DetectionHeads(config, info["num_classes"])
+        self.decoder = Decoder(config)
+        for layer in self.decoder.layers:
             layer.self_attn.num_heads = info["sa_nheads"]
         self.refpoint_embed = nn.Embedding(config.num_groups * config.num_queries, 4)
-        self.ref_point_head = MLP(2 * channels, channels, channels, 2)
-        self.norm = nn.LayerNorm(channels)
-        self.class_embed = nn.Linear(channels, num_classes)
-        self.bbox_embed = MLP(channels, channels, 4, 3)
 
     def forward(self, memory: FeaturePyramid) -> DetectorOutput:
         queries = self.selection(memory, self.heads)
-        ratios = level_valid_ratios(memory.spatial_shapes, memory.valid_sizes)
-        x = queries.content
-        # Logits of the boxes where a layer starts, and where its predictions start.
-        start = loss_start = queries.reference.logit() + self._rows(self.refpoint_embed)
-        predictions = []
-        for layer in self.layers:
-            boxes = start.sigmoid()
-            scaled = boxes * ratios[:, :1].repeat(1, 1, 2)
-            code = box_position_code(scaled[..., [1, 0, 2, 3]], x.shape[-1] // 2)
-            x = layer(x, self.ref_point_head(code), boxes, ratios, memory, queries.sets).x
-            state = self.norm(x)
-            predicted = (self.bbox_embed(state) + loss_start).sigmoid()
-            predictions.append(Predictions(self.class_embed(state), predicted))
-            if self.refines:
-                loss_start = start + self.bbox_embed(x)
-                start = loss_start.detach()
-        stacked = Predictions(*map(torch.stack, zip(*predictions, strict=True)))
-        branch = Branch(stacked, num_groups=queries.sets.primary.num_groups)
-        return DetectorOutput({"one_to_one": branch} | queries.proposals)
-
-    def _rows(self, embedding: nn.Embedding) -> Tensor:
-        return embedding.weight[: self.selection.sets.num_queries]
+        offset = self.selection.weight_of(self.refpoint_embed)
+        reference = (queries.reference.logit() + offset).sigmoid()
+        branches = self.decoder(queries._replace(reference=reference), memory, self.heads)
+        return DetectorOutput(branches | queries.proposals)
 
     def our_name(self, published: str) -> str:
         """Our name of a published parameter."""
         name = published.removeprefix("transformer.").removeprefix("decoder.")
-        name = name.replace("query_feat.", "selection.query_embed.")
         module, *rest = name.split(".")
         if module == "layers":
-            return f"layers.{rest[0]}.{_layer_name('.'.join(rest[1:]))}"
+            return f"decoder.layers.{rest[0]}.{_layer_name('.'.join(rest[1:]))}"
         if module not in _ENCODER_NAMES:
-            return name
+            return ".".join((_MODULE_NAMES.get(module, module), *rest))
         group = int(rest[0])
         first, further = _ENCODER_NAMES[module]
-        ours = first.format(len(self.layers)) if group == 0 else f"{further}.{group - 1}"
-        return ".".join((ours, *rest[1:]))
+        return ".".join((first if group == 0 else f"{further}.{group - 1}", *rest[1:]))
 
 
 class Step(NamedTuple):

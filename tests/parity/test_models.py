@@ -15,7 +15,7 @@ from msdetr.evaluation.postprocess import postprocess
 from msdetr.model.checkpoint_adapter import load_state, published_name, published_to_ours
 from msdetr.model.detector import Detector
 from msdetr.published import config_from_published_args
-from msdetr.structures import DetectorOutput, Predictions
+from msdetr.structures import DetectorOutput, Predictions, Targets
 from msdetr.supervision.criterion import Criterion, LossOutput
 from parity.golden import (
     MODEL_TOLERANCE,
@@ -27,7 +27,11 @@ from parity.golden import (
 
 ONE_TO_MANY = ("one_to_many", "hybrid")
 """Branches that the cases store as `o2m.`; a model has one of them at most."""
-MODELS = pytest.mark.golden("ms_detr", "ddetr", "impl_a", "h_detr")
+MODELS = pytest.mark.golden(
+    "ms_detr", "ddetr", "impl_a", "h_detr", "dn_model", "cdn_model", "deta_model"
+)
+LOGGED = ("class_error", "tgt_class_error", "cardinality_error", "loss_xy", "loss_hw")
+"""Names that begin like this are no losses."""
 
 
 class Step(NamedTuple):
@@ -35,6 +39,9 @@ class Step(NamedTuple):
 
     config: RunConfig
     model: Detector
+    targets: Targets
+    priority: dict[str, Tensor]
+    """Of the cases whose matchers draw. The others keep all positives."""
     output: DetectorOutput
     losses: LossOutput
     gradients: dict[str, Tensor]
@@ -66,16 +73,27 @@ def _run(case: GoldenCase) -> Step:
     model = Detector(config.model).double()
     load_state(model, published_to_ours(case.published_state_dict(), config.model))
     model.train()
-    output = model(case.images())
-    # No random draw in these cases: any priority serves.
-    losses = Criterion(config.assignment, config.loss)(output, case.targets())
+    # The number of denoising queries follows from that of the slots.
+    targets = case.targets(empty_slots=0 if model.denoising else 2)
+    output = model(case.images(), targets, _noise(case, model, targets))
+    names = {"one_to_one": "priority", "encoder": "enc.priority"}
+    priority = {branch: case.tensor(name) for branch, name in names.items() if name in case.arrays}
+    criterion = Criterion(config.assignment, config.loss)
+    losses = criterion(output, targets, priority=priority or None)
     losses.total.backward()
     gradients = {
         name: parameter.grad
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
-    return Step(config, model, output, losses, gradients)
+    return Step(config, model, targets, priority, output, losses, gradients)
+
+
+def _noise(case: GoldenCase, model: Detector, targets: Targets) -> Tensor | None:
+    if model.denoising is None:
+        return None
+    query_set = model.denoising.query_set(targets.labels.shape[1])
+    return case.noise(targets, query_set, model.denoising.num_classes)
 
 
 @MODELS
@@ -91,13 +109,58 @@ def test_outputs(case: GoldenCase, step: Step) -> None:
             for field in Predictions._fields:
                 result = getattr(predictions, field)[layer]
                 assert_relative(result, case.tensor(f"{name}pred_{field}"), f"{name}{field}")
-    assert ("enc.pred_logits" in case.arrays) == ("encoder" in output)
+    assert ("enc.pred_boxes" in case.arrays) == ("encoder" in output)
     if "encoder" in output:
         (logits, boxes), anchors, _ = output["encoder"]
-        assert_relative(logits[0], case.tensor("enc.pred_logits"), "encoder logits")
         assert_relative(boxes[0], case.tensor("enc.pred_boxes"), "encoder boxes")
+        if "enc.pred_logits" in case.arrays:
+            assert_relative(logits[0], case.tensor("enc.pred_logits"), "encoder logits")
+        else:
+            scores = case.tensor("enc.proposal_logit")
+            assert_relative(logits[0, ..., 0], scores, "encoder scores")
         if "enc.anchors" in case.arrays:
-            assert_relative(anchors.double(), case.tensor("enc.anchors"), "anchors")
+            assert_relative(anchors.double(), case.tensor("enc.anchors").double(), "anchors")
+
+
+@pytest.mark.golden("dn_model", "cdn_model")
+def test_denoising_set(case: GoldenCase, step: Step) -> None:
+    """DN-DETR's cases hold all layers in one array, DINO's one array per layer."""
+    branches = step.output.branches
+    branch = branches["denoising" if "denoising" in branches else "contrastive"]
+    for field, result in branch.predictions._asdict().items():
+        layers = [f"dn.aux{layer}." for layer in range(len(result) - 1)] + ["dn."]
+        names = [f"{layer}pred_{field}" for layer in layers]
+        if names[0] in case.arrays:
+            expected = torch.stack([case.tensor(name) for name in names])
+        else:
+            expected = case.tensor(names[-1])
+        assert_relative(result, expected, f"denoising {field}")
+
+
+@pytest.mark.golden("cdn_model")
+def test_selected_proposals(case: GoldenCase, step: Step) -> None:
+    selected = step.output.branches["encoder_selected"].predictions
+    for field, result in selected._asdict().items():
+        assert_relative(result[0], case.tensor(f"interm.pred_{field}"), f"selected {field}")
+
+
+@pytest.mark.golden("deta_model")
+def test_initial_boxes(case: GoldenCase, step: Step) -> None:
+    boxes = step.output.branches["one_to_one"].anchors
+    assert_relative(boxes, case.tensor("init_reference"), "selected boxes")
+
+
+@pytest.mark.golden("dn_model", "cdn_model")
+@pytest.mark.parametrize("empty_slots", [0, 2])
+def test_primary_predictions_do_not_see_denoising(
+    case: GoldenCase, step: Step, empty_slots: int
+) -> None:
+    """Neither other noise nor more target slots change them."""
+    with torch.no_grad():
+        output = step.model(case.images(), case.targets(empty_slots=empty_slots))
+    for field in Predictions._fields:
+        result = getattr(output.one_to_one, field)[-1]
+        assert_relative(result, case.tensor(f"pred_{field}"), field)
 
 
 @MODELS
@@ -135,22 +198,20 @@ def test_losses(case: GoldenCase, step: Step) -> None:
         for name, value in published_values(step.losses.terms).items()
     }
     expected = {
-        name: value
-        for name, value in case.info["losses"].items()
-        if not name.startswith(("class_error", "cardinality_error"))
+        name: value for name, value in case.info["losses"].items() if not name.startswith(LOGGED)
     }
     assert result == pytest.approx(expected, rel=MODEL_TOLERANCE)
     assert step.losses.total.item() == pytest.approx(case.info["total"], rel=MODEL_TOLERANCE)
 
 
-@pytest.mark.golden("h_detr")
+@pytest.mark.golden("h_detr", "deta_model")
 def test_pairs(case: GoldenCase, step: Step) -> None:
     criterion = Criterion(step.config.assignment, step.config.loss)
-    assignments = criterion.assign(step.output, case.targets())
-    branches = [("", "one_to_one")]
-    if "o2m.pairs0" in case.arrays:
-        branches.append(("o2m.", "hybrid"))
-    for prefix, branch in branches:
+    assignments = criterion.assign(step.output, step.targets, priority=step.priority or None)
+    branches = {"": "one_to_one", "o2m.": "hybrid", "enc.": "encoder"}
+    for prefix, branch in branches.items():
+        if f"{prefix}pairs0" not in case.arrays:
+            continue
         for image in range(len(case.info["sizes"])):
             result = published_pairs(assignments[branch], -1, image)
             assert result == case.pairs(f"{prefix}pairs{image}")
