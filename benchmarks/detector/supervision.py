@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.cli import require_at_least
-from benchmarks.common import Row, print_table, read_rows, write_rows
+from benchmarks.common import Row, environment, print_table, read_rows, write_rows
 from benchmarks.detector.cases import Case
 from benchmarks.detector.comparison import ComparisonOptions, Member, measure_groups
 from benchmarks.detector.implementations import Implementation, choose_implementations
@@ -110,22 +110,23 @@ def over_baseline(rows: Iterable[Row], baseline: str) -> Iterator[Row]:
         }
 
 
+def check_comparable(rows: Iterable[Row]) -> None:
+    """Raise ValueError if rows have different baselines, machines or versions."""
+    rows = list(rows)
+    for name in _MACHINE:
+        known = sorted({str(row.get(name)) for row in rows})
+        if len(known) > 1:
+            raise ValueError(f"rows cannot be merged: {name} is {' and '.join(known)}")
+
+
 def merged(stored: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
     """Stored rows of recipes that were not measured again, and the rows of this run.
 
     A baseline stays with the rows that were compared with it. Runs of one commit share a row.
-
-    Raises:
-        ValueError: the stored rows have another baseline, or are of another machine or version.
     """
 
     def values(row: Row, *names: str) -> tuple[object, ...]:
         return tuple(row.get(name) for name in names)
-
-    for name in _MACHINE:
-        known = {row.get(name) for row in (*stored, *rows)}
-        if len(known) > 1:
-            raise ValueError(f"rows cannot be merged: {name} is {' and '.join(map(str, known))}")
 
     def is_baseline(row: Row) -> bool:
         return bool(row["preset"] == row["baseline"])
@@ -205,6 +206,8 @@ def main(arguments: Sequence[str]) -> int:
         stored: list[Row] = []
         if options.merge and options.output is not None:
             stored = read_rows(options.output, "supervision")
+            here = {"baseline": options.presets[0], **environment(device)}
+            check_comparable([*stored, here])
         measured = measure_groups(
             pairs(groups) if device.type == "cpu" else groups,
             device,

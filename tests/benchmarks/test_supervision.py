@@ -16,6 +16,7 @@ from benchmarks.detector.cases import Case, recipe
 from benchmarks.detector.flops import detector_flops
 from benchmarks.detector.query_sets import check_agreement, denoising_forms, forms
 from benchmarks.detector.supervision import (
+    check_comparable,
     groups_of,
     merged,
     over_baseline,
@@ -27,6 +28,18 @@ from msdetr.model.query_sets import QuerySet
 
 BASELINE = "deformable-detr-pp-r50-300"
 SMALL = ["--height", "64", "--width", "64", "--batches", "1", "--device", "cpu"]
+
+
+def test_a_recipe_is_a_preset_perhaps_with_denoising() -> None:
+    model = recipe("tiny").model
+    noised = recipe("tiny+dn").model
+    assert (noised.denoising, noised.denoising_groups) == ("dn", 5)
+    assert recipe("tiny+cdn").model.denoising == "contrastive"
+    assert replace(recipe("tiny+cdn").model, denoising="none") == model
+    with pytest.raises(ValueError, match="denoising 'group': known are dn, cdn"):
+        Case(preset="tiny+group")
+    with pytest.raises(ValueError, match="preset 'tinny'"):
+        Case(preset="tinny+dn")
 
 
 def step_row(preset: str, seconds: float, batch: int = 2) -> dict[str, Any]:
@@ -90,9 +103,10 @@ def test_rows_of_one_commit_share_a_baseline() -> None:
 
 
 def test_rows_of_another_machine_are_not_merged() -> None:
-    other = [{**row, "device": "another CPU"} for row in machine_rows("one", "a")]
-    with pytest.raises(ValueError, match="cannot be merged: device is"):
-        merged(other, machine_rows("two", "b"))
+    rows = machine_rows("one", "a")
+    check_comparable(rows)
+    with pytest.raises(ValueError, match="cannot be merged: device is a CPU and another CPU"):
+        check_comparable([*rows, {**rows[0], "device": "another CPU"}])
 
 
 def test_the_baseline_is_in_each_pair() -> None:
