@@ -120,6 +120,12 @@ class OurPass(InferencePass):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         config = setup.case.config
+        self._nms_iou_threshold = config.eval.nms_iou_threshold
+        if self._nms_iou_threshold is not None and setup.implementation == "compiled-graphs":
+            raise ValueError(
+                f"{setup.case.preset} suppresses overlapping detections, whose number the host "
+                "reads: it cannot be captured as a CUDA graph"
+            )
         torch.manual_seed(setup.case.seed)
         self.model = build_detector(config.model, initialize_backbone=False)
         load_published_weights(self.model, setup)
@@ -151,7 +157,7 @@ class OurPass(InferencePass):
             output.one_to_one,
             self._batch.original_sizes,
             max_detections=MAX_DETECTIONS,
-            nms_iou_threshold=None,
+            nms_iou_threshold=self._nms_iou_threshold,
         )
         return detections.scores[0]
 

@@ -196,6 +196,8 @@ MORE = (
         60,
         f"-m benchmarks.detector supervision {_SIZE} --warmup 3 --time-budget {{budget}} "
         "--dtypes bfloat16 --steps 20 --implementations compiled-graphs "
+        "--presets deformable-detr-pp-r50-300 ms-detr-pp-r50-300 ms-cdn-deformable-detr-r50 "
+        "h-deformable-detr-r50 dino-r50-4scale deta-r50 group-deformable-detr-r50 "
         "--output {out}/supervision_cuda.json",
         f"{_TINY_STEP} --presets tiny deformable-detr-r50",
         ("supervision_cuda.json",),
