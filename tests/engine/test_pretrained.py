@@ -179,6 +179,23 @@ def test_everything_else_must_fit(tmp_path: Path, change: dict[str, int]) -> Non
         start_from_weights(build_detector(config), path, RunConfig(model=config))
 
 
+@pytest.mark.parametrize("denoising", ["dn", "contrastive"])
+@pytest.mark.parametrize("in_the_weights", [False, True])
+def test_the_message_names_the_field_that_does_not_fit(
+    tmp_path: Path, denoising: str, in_the_weights: bool
+) -> None:
+    with_denoising = dataclasses.replace(TINY_MODEL, denoising=denoising)
+    source, target = TINY_MODEL, with_denoising
+    if in_the_weights:
+        source, target = target, source
+    path = write(build_detector(source), tmp_path, "weights")
+    message = f"model.denoising '{target.denoising}' .weights: '{source.denoising}'.$"
+    with pytest.raises(ValueError, match=message) as raised:
+        start_from_weights(build_detector(target), path, RunConfig(model=target))
+    assert "denoising.label_embed.weight" in str(raised.value)
+    assert str(path) in str(raised.value)
+
+
 def test_a_run_starts_from_weights(shapes: Path, tmp_path: Path) -> None:
     source = build_detector(TINY_MODEL)
     path = write(source, tmp_path, "weights")
