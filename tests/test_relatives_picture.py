@@ -29,7 +29,7 @@ def small(model: ModelConfig) -> ModelConfig:
         hidden_dim=16,
         num_heads=2,
         num_encoder_layers=1,
-        num_decoder_layers=1,
+        num_decoder_layers=2,
         feedforward_dim=16,
         num_queries=5,
         num_hybrid_queries=7,
