@@ -144,7 +144,9 @@ def test_files_that_hold_no_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_config", "group_heads"), [(TINY_MODEL, 0), (RELATIVES["group"], 2)]
+    ("model_config", "group_heads"),
+    [(TINY_MODEL, 0), (RELATIVES["group"], 2), (RELATIVES["ms-dn"], 0)],
+    ids=["ms-detr", "group", "ms-dn"],
 )
 def test_other_classes_start_fresh(
     tmp_path: Path,
@@ -162,7 +164,10 @@ def test_other_classes_start_fresh(
     num_heads = TINY_MODEL.num_decoder_layers + 1
     heads = [f"class_embed.{i}" for i in range(num_heads)]
     heads += [f"group_class_embed.{i}" for i in range(group_heads)]
-    assert set(fresh) == {f"heads.{head}.{kind}" for head in heads for kind in ("weight", "bias")}
+    names = {f"heads.{head}.{kind}" for head in heads for kind in ("weight", "bias")}
+    if model_config.denoising != "none":
+        names.add("denoising.label_embed.weight")
+    assert set(fresh) == names
     assert len(fresh) == len(set(fresh))
     assert "has 4 classes, this run 7" in caplog.text
     assert all(name in caplog.text for name in fresh)

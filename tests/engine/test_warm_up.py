@@ -58,7 +58,7 @@ def test_denoising_takes_all_pairs_that_the_data_can_fill(
     most = largest_count(config)
     assert most > 1
     # Beyond the last bucket, multiples of it.
-    slots = range(1, most + 1)
+    slots = list(range(1, most + 1))
     if len(buckets) > 1:
         slots = [bucket for bucket in buckets if bucket < 2 * most]
     assert shapes_of(config) == [(size, count) for size in sizes for count in slots]
