@@ -240,14 +240,6 @@ PRESETS: dict[str, Preset] = {
         description="Group DETR on Deformable-DETR++: 11 groups in training; no published number",
         config=_with_groups(_DEFORMABLE_PP),
     ),
-    "ms-h-deformable-detr-r50": Preset(
-        description="MS-DETR on Deformable-DETR++ and 1500 hybrid queries in training, 12 epochs",
-        config=_with_hybrid_queries(_MS_DETR_PP),
-    ),
-    "ms-group-deformable-detr-r50": Preset(
-        description="MS-DETR on Deformable-DETR++ in each of 11 groups in training, 12 epochs",
-        config=_with_groups(_MS_DETR_PP),
-    ),
     "dn-deformable-detr-r50": Preset(
         description="DN-DETR on DAB-Deformable-DETR, ResNet-50, one stage, 50 epochs",
         config=_DN,
@@ -262,6 +254,14 @@ PRESETS: dict[str, Preset] = {
         description="DETA, ResNet-50, 5 levels, 900 queries, assignment by IoU and NMS, 12 epochs",
         config=_DETA,
         published_map=50.1,
+    ),
+    "ms-h-deformable-detr-r50": Preset(
+        description="MS-DETR on Deformable-DETR++ and 1500 hybrid queries in training, 12 epochs",
+        config=_with_hybrid_queries(_MS_DETR_PP),
+    ),
+    "ms-group-deformable-detr-r50": Preset(
+        description="MS-DETR on Deformable-DETR++ in each of 11 groups in training, 12 epochs",
+        config=_with_groups(_MS_DETR_PP),
     ),
     "ms-dn-deformable-detr-r50": Preset(
         description="MS-DETR on Deformable-DETR++ and DN-DETR's denoising, 12 epochs",

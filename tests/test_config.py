@@ -184,6 +184,7 @@ REFUSED = [
             "num_classes",
             "denoising_queries",
             "denoising_groups",
+            "denoising_label_rows",
         )
     ],
     (ModelConfig, {"num_encoder_layers": -1}, "num_encoder_layers must be at least"),
@@ -216,7 +217,7 @@ REFUSED = [
     ],
     *[
         (ModelConfig, {"position_temperature": value}, "position_temperature must be positive")
-        for value in (0.0, -1.0)
+        for value in (0.0, -1.0, float("inf"), float("nan"))
     ],
     *[
         (ModelConfig, {"logit_eps": value}, r"logit_eps must be in \(0, 0.5\)")
@@ -244,7 +245,7 @@ REFUSED = [
     (
         ModelConfig,
         {"query_position": "box_content", "two_stage": False, "num_decoder_layers": 1},
-        "needs num_decoder_layers 2, got 1",
+        "needs num_decoder_layers of at least 2, got 1",
     ),
     *[
         (

@@ -597,6 +597,21 @@ def test_keys_of_dino_from_a_mapping_a_file_and_options():
     assert config_from_published_args(stored) == expected
 
 
+def test_options_of_dino_come_before_its_file():
+    four_scales = ["num_feature_levels=4", "return_interm_indices=1,2,3"]
+    flags = ["-c", "config/DINO/DINO_5scale.py", "--options", *four_scales]
+    converted = config_from_published_args(flags, implementation="dino")
+    assert converted == dino(batch_size=1)
+    assert converted != dino()
+
+
+@pytest.mark.parametrize("use_dn", [False, True])
+def test_rows_of_dino_s_label_embedding(use_dn):
+    model = dino(use_dn=use_dn, num_classes=20, dn_labelbook_size=30).model
+    assert model.denoising_label_rows == 31
+    assert dino(use_dn=use_dn).model.denoising_label_rows is None
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [

@@ -7,6 +7,7 @@ from these classes, so that every field is an option.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -140,13 +141,14 @@ class ModelConfig:
             "num_groups",
             "denoising_queries",
             "denoising_groups",
+            "denoising_label_rows",
         )
         require_at_least(0, self, "denoising_box_noise", "position_offset")
         require_fraction(self, "denoising_label_noise")
         require_fraction(self, "proposal_nms_iou_threshold")
-        if self.position_temperature <= 0:
+        if not 0.0 < self.position_temperature < math.inf:
             raise ValueError(
-                f"position_temperature must be positive, got {self.position_temperature}"
+                f"position_temperature must be positive and finite, got {self.position_temperature}"
             )
         if not 0.0 < self.logit_eps < 0.5:
             raise ValueError(f"logit_eps must be in (0, 0.5), got {self.logit_eps}")
@@ -189,7 +191,7 @@ class ModelConfig:
         if self.query_position == "box_content" and self.num_decoder_layers < 2:
             raise ValueError(
                 "query_position='box_content' scales from the second layer on: it needs "
-                f"num_decoder_layers 2, got {self.num_decoder_layers}"
+                f"num_decoder_layers of at least 2, got {self.num_decoder_layers}"
             )
         if self.query_position == "initial" and not self.two_stage and self.denoising != "none":
             raise ValueError(

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from msdetr.annotations.labels import COCO_CATEGORIES, COCO_NUM_CLASSES, LabelMap
-from msdetr.config import RunConfig
-from msdetr.engine.checkpoint import load_checkpoint
+from msdetr.config import RunConfig, config_to_dict
+from msdetr.engine.checkpoint import changed_fields, load_checkpoint
 from msdetr.model.checkpoint_adapter import load_published_checkpoint, load_state
 from msdetr.model.detector import Detector, build_detector
 from msdetr.weights import Weights, load_weights
@@ -94,9 +94,11 @@ def start_from_weights(model: Detector, path: Path, config: RunConfig) -> list[s
         The names of the parameters that keep their initialisation.
 
     Raises:
-        ValueError, OSError: see `read_weights`; or the weights do not fit.
+        ValueError, OSError: see `read_weights`; or the weights do not fit. The message then names
+            the fields of the model that differ from the run of the weights.
     """
-    state_dict = dict(read_weights(path, config).state_dict)
+    weights = read_weights(path, config)
+    state_dict = dict(weights.state_dict)
     own = model.state_dict()
     fresh = [
         name
@@ -113,8 +115,23 @@ def start_from_weights(model: Detector, path: Path, config: RunConfig) -> list[s
             config.model.num_classes,
             ", ".join(fresh),
         )
-    load_state(model, state_dict | {name: own[name] for name in fresh})
+    try:
+        load_state(model, state_dict | {name: own[name] for name in fresh})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}{_differences(weights.config, config)}") from error
     return fresh
+
+
+def _differences(weights: RunConfig, run: RunConfig) -> str:
+    """A line about the fields of the model that differ; empty if there are none."""
+    fields = [
+        f"model.{name} {run_value!r} (weights: {value!r})"
+        for name, value, run_value in changed_fields(
+            *(config_to_dict(config)["model"] for config in (weights, run))
+        )
+        if name not in ("num_classes", "backbone_weights")
+    ]
+    return f"\nthis run differs from that of the weights in {', '.join(fields)}" if fields else ""
 
 
 def _names_with_classes(model: Detector) -> list[str]:

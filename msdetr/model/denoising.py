@@ -25,16 +25,19 @@ from msdetr.structures import Targets
 
 
 class Noise(NamedTuple):
-    """Random draws for the copies of all target slots: G groups of S sides, 1 or 2 (negatives)."""
+    """Random draws for the copies of all target slots.
+
+    There are G groups of H halves: the positives, and with `contrastive` also the negatives.
+    """
 
     label_uniform: Tensor
-    """[B, G, S, T] in [0, 1): a label is replaced where this is below the label noise."""
+    """[B, G, H, T] in [0, 1): a label is replaced where this is below the label noise."""
     label: Tensor
-    """[B, G, S, T] int64, the class that replaces it; perhaps the same."""
+    """[B, G, H, T] int64, the class that replaces it; perhaps the same."""
     box: Tensor
-    """[B, G, S, T, 4] in [0, 1), size of the shifts."""
+    """[B, G, H, T, 4] in [0, 1), size of the shifts."""
     sign: Tensor
-    """[B, G, S, T, 4] bool, whether a side moves to the right or down (contrastive)."""
+    """[B, G, H, T, 4] bool, whether a side moves to the right or down (contrastive)."""
 
 
 class DenoisingSet(NamedTuple):
@@ -94,7 +97,7 @@ class DenoisingQueries(nn.Module):
         return torch.rand(shape, generator=generator, device=targets.labels.device)
 
     def noise(self, uniform: Tensor, num_slots: int) -> Noise:
-        """The draws that the numbers of `draw` stand for."""
+        """The draws that the numbers of `draw` [B, Q, 10] stand for."""
         num_groups = self.query_set(num_slots).num_groups
         p, label, box, sign = uniform.view(
             len(uniform), num_groups, -1, num_slots, uniform.shape[-1]
@@ -125,13 +128,14 @@ class DenoisingQueries(nn.Module):
         return DenoisingSet(content, logits.sigmoid(), self.query_set(targets.labels.shape[1]))
 
     def noised_labels(self, labels: Tensor, noise: Noise) -> Tensor:
-        """[B, G, S, T] int64 of labels [B, T]."""
+        """[B, G, H, T] int64 of labels [B, T]."""
         replaced = noise.label_uniform < self.label_noise
         noised = torch.where(replaced, noise.label, labels[:, None, None])
-        return noised.clamp(0, self.label_embed.num_embeddings - 1)  # an index in any case
+        # Empty slots may hold any number.
+        return noised.clamp(0, self.label_embed.num_embeddings - 1)
 
     def noised_boxes(self, boxes: Tensor, noise: Noise) -> Tensor:
-        """[B, G, S, T, 4] cxcywh of boxes [B, T, 4].
+        """[B, G, H, T, 4] cxcywh of boxes [B, T, 4].
 
         `dn` moves the centre by up to half the size times the noise, and changes the size by up to
         as much as it is. `contrastive` moves the sides: those of positives by up to half the size,
@@ -143,7 +147,7 @@ class DenoisingQueries(nn.Module):
             reach = torch.cat((half_size, boxes[..., 2:]), dim=-1)
             shift = (2.0 * noise.box - 1.0) * reach * self.box_noise
             return (boxes + shift).clamp(0.0, 1.0)
-        side = torch.arange(2, device=boxes.device).view(2, 1, 1)  # 1 for negatives
-        size = torch.where(noise.sign, 1.0, -1.0) * (noise.box + side)
+        is_negative = torch.arange(2, device=boxes.device).view(2, 1, 1)
+        size = torch.where(noise.sign, 1.0, -1.0) * (noise.box + is_negative)
         shift = size * half_size.repeat(1, 1, 1, 1, 2) * self.box_noise
         return xyxy_to_cxcywh((cxcywh_to_xyxy(boxes) + shift).clamp(0.0, 1.0))

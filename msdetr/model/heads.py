@@ -61,8 +61,9 @@ class DetectionHeads(nn.Module):
         nn.init.zeros_(box_head.last.bias)
         self.class_embed = nn.ModuleList(copy.deepcopy(class_head) for _ in range(num_heads))
         self.bbox_embed = nn.ModuleList(copy.deepcopy(box_head) for _ in range(num_heads))
-        if not config.two_stage:
-            # Boxes start small where no proposal gives them a size.
+        if not config.two_stage and not (self.shared and config.box_refine):
+            # Boxes start small where no proposal gives them a size. A head that refines all layers
+            # would make them smaller in each.
             first_head = cast(MLP, self.bbox_embed[0])
             with torch.no_grad():
                 first_head.last.bias[2:].fill_(-2.0)

@@ -56,8 +56,7 @@ def select_by_level(
     flat = index.flatten(1)  # [B, L * n]
     corners = cxcywh_to_xyxy(boxes.float()).clamp(0.0, 1.0)
     corners = corners.gather(1, flat[..., None].expand(-1, -1, 4))
-    # A box without area overlaps nothing.
-    corners = corners.masked_fill(~exists.flatten()[:, None], 0.0)
+    # Places without a candidate are the last of their level, so they suppress none.
     kept = nms_mask(
         corners.view(-1, num_candidates, 4), iou_threshold=iou_threshold, impl=impl
     ).view(flat.shape)

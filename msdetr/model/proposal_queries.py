@@ -160,7 +160,7 @@ class ProposalQueries(QuerySelection):
             candidates.spatial_shapes,
             num_selected,
             iou_threshold=self.nms_iou_threshold,
-            # torchvision's suppression runs everywhere, and its results need not stay on a device.
+            # Inference may read from the device, and torchvision's suppression takes any dtype.
             impl="auto" if self.training else "reference",
         )
 

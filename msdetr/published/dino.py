@@ -27,8 +27,9 @@ from msdetr.config import (
     ModelConfig,
     TrainConfig,
 )
-from msdetr.published.dn_detr import GIOU_EPS, LOGIT_EPS
 from msdetr.published.shared import (
+    GIOU_EPS,
+    LOGIT_EPS,
     Recipe,
     data_config,
     encoder_and_decoder,
@@ -133,6 +134,7 @@ def recipe(values: argparse.Namespace, batch_size: int) -> Recipe:
 def _model_config(values: argparse.Namespace) -> ModelConfig:
     sharing = _head_sharing(values)
     assert sharing is not None  # `unsupported` refuses it
+    labels = values.dn_labelbook_size
     model = replace(
         encoder_and_decoder(values),
         num_classes=values.num_classes,
@@ -146,6 +148,7 @@ def _model_config(values: argparse.Namespace) -> ModelConfig:
         head_sharing=sharing,
         decoder_norm=True,
         logit_eps=LOGIT_EPS,
+        denoising_label_rows=None if labels == values.num_classes else labels + 1,
     )
     return replace(model, **_denoising(values)) if values.use_dn else model
 
@@ -154,14 +157,12 @@ def _denoising(values: argparse.Namespace) -> dict[str, Any]:
     """The fields of `ModelConfig` that describe the denoising queries."""
     number = values.dn_number
     few = 2 * number < 100  # then their number is that of the groups
-    labels = values.dn_labelbook_size
     return {
         "denoising": "contrastive",
         "denoising_queries": ModelConfig.denoising_queries if few else number,
         "denoising_groups": 2 * number if few else None,
         "denoising_label_noise": values.dn_label_noise_ratio / 2,
         "denoising_box_noise": values.dn_box_noise_scale,
-        "denoising_label_rows": None if labels == values.num_classes else labels + 1,
     }
 
 

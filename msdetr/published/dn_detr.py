@@ -21,6 +21,8 @@ from dataclasses import replace
 from msdetr.config import AssignmentConfig, EvalConfig, LossConfig, ModelConfig, TrainConfig
 from msdetr.published.dn_detr_flags import MODEL_NAME
 from msdetr.published.shared import (
+    GIOU_EPS,
+    LOGIT_EPS,
     Recipe,
     data_config,
     encoder_and_decoder,
@@ -31,9 +33,6 @@ from msdetr.published.shared import (
 )
 
 logger = logging.getLogger(__name__)
-
-GIOU_EPS = 1e-6
-LOGIT_EPS = 1e-3
 
 _ONLY: dict[str, tuple[object, str]] = {
     "modelname": (MODEL_NAME, f"only {MODEL_NAME} is supported"),

@@ -23,6 +23,11 @@ logger = logging.getLogger(__name__)
 STARTING_POINTS = ("resume", "pretrain_model_path", "finetune")
 """Options that name the file from which a published run started, the first that is set wins."""
 
+GIOU_EPS = 1e-6
+"""DN-DETR and DINO add it to the denominators of the GIoU."""
+LOGIT_EPS = 1e-3
+"""Smallest distance of a coordinate from 0 and 1 where DN-DETR and DINO take its logit."""
+
 _POSITION_EMBEDDINGS: dict[str, Literal["sine", "learned"]] = {
     "sine": "sine",
     "v2": "sine",

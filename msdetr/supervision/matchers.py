@@ -20,7 +20,7 @@ from msdetr.ops.iou_assignment import assign_by_iou
 from msdetr.ops.linear_assignment import linear_assignment_of_layers
 from msdetr.ops.matching_cost import matching_cost
 from msdetr.ops.one_to_many import one_to_many
-from msdetr.structures import IGNORED, Assignment, Branch, Targets
+from msdetr.structures import BACKGROUND, IGNORED, Assignment, Branch, Targets
 
 
 class MatchContext(NamedTuple):
@@ -194,7 +194,7 @@ class ByIoU:
             max_positives=max_positives,
         )
         labels = torch.zeros_like(targets.labels) if self.class_agnostic else targets.labels
-        target_class = torch.where(target >= 0, labels.gather(1, target.clamp(min=0)), -1)
+        target_class = torch.where(target >= 0, labels.gather(1, target.clamp(min=0)), BACKGROUND)
         layers = (x.expand(num_layers, *x.shape) for x in (query_index, mask, target_class))
         return Assignment(*layers)
 
@@ -214,7 +214,7 @@ class FixedPairs:
         query = torch.arange(num_slots, device=targets.labels.device)
         query_index = torch.where(targets.mask, query, 0)
         num_negatives = num_queries - num_slots
-        no_object = -1 if num_negatives else IGNORED
+        no_object = BACKGROUND if num_negatives else IGNORED
         target_class = torch.where(targets.mask, targets.labels, no_object)
         negatives = target_class.new_full((batch, num_negatives), no_object)
         target_class = torch.cat((target_class, negatives), dim=1)

@@ -37,7 +37,7 @@ class Objective:
     """Losses are divided by the targets of this process instead of the mean over processes
     (DN-DETR)."""
     needs_targets: bool = False
-    """No loss in a step without any target (denoising queries, which then stand for nothing)."""
+    """No loss in a step without any target (DINO, whose queries would all learn background)."""
     last_layer_only: bool = False
     """Supervise the last layer of the branch instead of all layers."""
 

@@ -12,6 +12,7 @@ from msdetr.config import TrainConfig
 from msdetr.data.sampler import rank_batch_size
 from msdetr.engine.distributed import Worker
 from msdetr.engine.run import build_trainer
+from msdetr.structures import Batch, TargetCount
 from msdetr.supervision.criterion import LossOutput, add_losses
 
 WORKER = Worker(device=torch.device("cpu"))
@@ -36,6 +37,37 @@ def test_micro_batches_make_the_step_of_the_whole_batch(
     # Counts differ, so that dividing by a micro-batch's own targets would fail.
     assert any(len(set(step)) > 1 for step in counts)
     assert_same_within_rounding(parts, whole)
+
+
+def test_losses_are_divided_by_the_targets_of_all_micro_batches(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class ThirdOverRanks:
+        """As if the mean over the ranks were a third of this rank's number."""
+
+        def __init__(self, value: torch.Tensor, worker: Worker) -> None:
+            self.value = value
+
+        def wait(self) -> torch.Tensor:
+            return self.value / 3
+
+    monkeypatch.setattr("msdetr.engine.trainer.MeanOverRanks", ThirdOverRanks)
+    train = TrainConfig(batch_size=4, accumulation_steps=2, max_steps=1, eval_every=0)
+    trainer = build_trainer(tiny_config(shapes, tmp_path, train=train), WORKER)
+    calls: list[tuple[int, TargetCount]] = []
+
+    def record(batch: Batch, num_targets: TargetCount) -> LossOutput:
+        calls.append((int(batch.targets.count.sum()), num_targets))
+        return LossOutput(trainer.model.level_embed.sum(), {})
+
+    monkeypatch.setattr(trainer, "forward_backward", record)
+    monkeypatch.setattr(trainer, "update", lambda: torch.zeros(()))
+    trainer.train()
+    (first, count), (second, same) = calls
+    assert 0 < first < first + second
+    assert count is same
+    assert count.local == first + second
+    assert count.mean == count.local / 3
 
 
 def test_resume_is_exact(shapes: Path, tmp_path: Path) -> None:

@@ -317,8 +317,17 @@ def test_names_and_copies_of_weights_stay_those_of_the_model():
     assert [type(module) for module in model.modules()].count(Detector) == 1
 
 
-def test_regions_cover_the_whole_model():
-    model, criterion = new_step()
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"query_position": "box", "mixed_selection": True, "denoising": "dn"},
+        {"decoder_norm": True, "denoising": "contrastive"},
+    ],
+    ids=["ms-detr", "positions of boxes", "norm"],
+)
+def test_regions_cover_the_whole_model(changes):
+    model, criterion = new_step(**changes)
     owners = {id(region.owner) for region in compiled_regions(model, criterion)}
 
     def is_covered(module: nn.Module) -> bool:
@@ -326,10 +335,12 @@ def test_regions_cover_the_whole_model():
             bool(list(module.children())) and all(map(is_covered, module.children()))
         )
 
-    # The neck and the position code run inside of `flatten`, the heads inside of `predict`.
-    inside = ("neck", "position_embedding", "heads")
-    for name, child in model.named_children():
+    # The neck and the position code run inside of `flatten`, heads and norm inside of `predict`.
+    inside = ("neck", "position_embedding", "heads", "norm", "denoising")
+    for name, child in (*model.named_children(), *model.decoder.named_children()):
         assert name in inside or is_covered(child), name
+    methods = [region.method for region in compiled_regions(model, criterion)]
+    assert methods.count("with_denoising") == (model.denoising is not None)
 
 
 def test_code_that_cannot_be_compiled_is_an_error_with_a_remedy():

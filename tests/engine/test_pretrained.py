@@ -144,7 +144,9 @@ def test_files_that_hold_no_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_config", "group_heads"), [(TINY_MODEL, 0), (RELATIVES["group"], 2)]
+    ("model_config", "group_heads"),
+    [(TINY_MODEL, 0), (RELATIVES["group"], 2), (RELATIVES["ms-dn"], 0)],
+    ids=["ms-detr", "group", "ms-dn"],
 )
 def test_other_classes_start_fresh(
     tmp_path: Path,
@@ -162,7 +164,10 @@ def test_other_classes_start_fresh(
     num_heads = TINY_MODEL.num_decoder_layers + 1
     heads = [f"class_embed.{i}" for i in range(num_heads)]
     heads += [f"group_class_embed.{i}" for i in range(group_heads)]
-    assert set(fresh) == {f"heads.{head}.{kind}" for head in heads for kind in ("weight", "bias")}
+    names = {f"heads.{head}.{kind}" for head in heads for kind in ("weight", "bias")}
+    if model_config.denoising != "none":
+        names.add("denoising.label_embed.weight")
+    assert set(fresh) == names
     assert len(fresh) == len(set(fresh))
     assert "has 4 classes, this run 7" in caplog.text
     assert all(name in caplog.text for name in fresh)
@@ -177,6 +182,23 @@ def test_everything_else_must_fit(tmp_path: Path, change: dict[str, int]) -> Non
     config = dataclasses.replace(TINY_MODEL, num_classes=7, **change)
     with pytest.raises(ValueError, match="do not fit the model"):
         start_from_weights(build_detector(config), path, RunConfig(model=config))
+
+
+@pytest.mark.parametrize("denoising", ["dn", "contrastive"])
+@pytest.mark.parametrize("in_the_weights", [False, True])
+def test_the_message_names_the_field_that_does_not_fit(
+    tmp_path: Path, denoising: str, in_the_weights: bool
+) -> None:
+    with_denoising = dataclasses.replace(TINY_MODEL, denoising=denoising)
+    source, target = TINY_MODEL, with_denoising
+    if in_the_weights:
+        source, target = target, source
+    path = write(build_detector(source), tmp_path, "weights")
+    message = f"model.denoising '{target.denoising}' .weights: '{source.denoising}'.$"
+    with pytest.raises(ValueError, match=message) as raised:
+        start_from_weights(build_detector(target), path, RunConfig(model=target))
+    assert "denoising.label_embed.weight" in str(raised.value)
+    assert str(path) in str(raised.value)
 
 
 def test_a_run_starts_from_weights(shapes: Path, tmp_path: Path) -> None:

@@ -264,6 +264,8 @@ def test_dino_without_denoising_keeps_its_unused_label_embedding_aside():
     published = ours_to_published(ours, config)
     # The published model demands one.
     assert torch.equal(published["label_enc.weight"], torch.zeros(6, 32))
+    more = ours_to_published(ours, replace(config, denoising_label_rows=9))
+    assert torch.equal(more["label_enc.weight"], torch.zeros(9, 32))
     known, ignored = split_ignored(published, config)
     assert ignored.keys() == {"label_enc.weight"}
     assert "label_enc.weight" not in known

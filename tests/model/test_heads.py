@@ -103,6 +103,12 @@ def test_initial_values(two_stage, box_refine):
         assert embed.layers[0].weight.any()
 
 
+@pytest.mark.parametrize("head_sharing", ["decoder", "all"])
+def test_a_head_that_refines_all_layers_keeps_the_size_at_first(head_sharing):
+    heads = heads_of(two_stage=False, box_refine=True, head_sharing=head_sharing)
+    assert not heads.bbox_embed[0].last.bias.any()
+
+
 def test_heads_share_no_memory():
     heads = heads_of(one_to_many="output", one_to_many_ffn=False)
     pointers = [parameter.data_ptr() for parameter in heads.parameters()]

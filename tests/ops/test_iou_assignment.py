@@ -217,6 +217,20 @@ def test_boxes_that_are_not_finite_do_no_harm(bad):
     assert (pairs.target < 5).all()
 
 
+def test_a_box_of_nan_overlaps_nothing():
+    targets = random_targets(3, slots=3)
+    boxes = torch.cat((near(targets, 6, 0.1), random_boxes(1, 5)), dim=1)
+    priority = torch.rand(boxes.shape[:2])
+    expected = assign_by_iou(boxes, targets, priority, **Options()._asdict())
+    bad = torch.full_like(boxes[:, :1], float("nan"))
+    boxes, priority = torch.cat((boxes, bad), dim=1), torch.cat((priority, bad[..., 0]), dim=1)
+    found = assign_by_iou(boxes, targets, priority, **Options()._asdict())
+    assert expected.mask.all(1).any()
+    assert torch.equal(found.query_index, expected.query_index)
+    assert torch.equal(found.mask, expected.mask)
+    assert found.target[0].tolist() == [*expected.target[0].tolist(), -1]
+
+
 def test_half_precision_boxes_are_compared_in_float32():
     targets = random_targets(4, 2, slots=5, dtype=torch.float32)
     boxes, priority = near(targets, 12, 0.3).bfloat16(), torch.rand(2, 12)

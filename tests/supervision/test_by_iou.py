@@ -45,6 +45,16 @@ def test_all_layers_have_the_pairs_of_the_anchors():
             assert found.target_class[layer, image].tolist() == [int(label) for label in labels]
 
 
+@pytest.mark.parametrize(
+    ("queries", "fraction", "positives"), [(7, 0.25, 1), (7, 0.0, 0), (7, 0.99, 6), (8, 0.25, 2)]
+)
+def test_the_number_of_positives_is_rounded_down(queries, fraction, positives):
+    branch, targets = anchored_branch(2, queries=queries)
+    matcher = ByIoU(k=queries, threshold=0.0, positive_fraction=fraction)  # All are positive.
+    found = matcher(branch, targets, MatchContext(priority=torch.rand(1, queries)))
+    assert found.mask[0].sum() == positives
+
+
 def test_predictions_do_not_matter():
     branch, targets = anchored_branch(5, 0, 3)
     other = branch._replace(predictions=Predictions(*(x + 1.0 for x in branch.predictions)))
