@@ -224,9 +224,9 @@ class Decoder(nn.Module):
             )
         if not self.box_refine:
             return predictions, reference
+        if self.norm is not None:
+            delta = heads.box(output.x)  # The next layer starts from the output before the norm.
         if self.norm is not None or self.look_forward_twice:
-            if self.norm is not None:
-                delta = heads.box(output.x)
             boxes = refine_boxes(delta, reference.start, self.logit_eps)
         return predictions, Reference(
             boxes.detach(), boxes if self.look_forward_twice else boxes.detach()
