@@ -109,7 +109,7 @@ def test_suppression_is_an_option(run: Path, shapes: Path, tmp_path: Path) -> No
 def test_published_checkpoint(shapes: Path, tmp_path: Path, given: dict[str, object]) -> None:
     # Its labels are category ids: 5, 6 and 7 here.
     sizes = {"hidden_dim": 16, "nheads": 2, "dim_feedforward": 32, "num_queries": 8}
-    args = argparse.Namespace(enc_layers=1, dec_layers=1, **sizes, **given)
+    args = argparse.Namespace(enc_layers=1, dec_layers=2, **sizes, **given)
     config = config_from_published_args(args).model
     model = build_detector(config, initialize_backbone=False)
     path = tmp_path / "published.pth"

@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from engine.helpers import EXTRA_QUERIES, TINY_MODEL
+from engine.helpers import RELATIVES, TINY_MODEL, assignment_of
 from torch import Tensor
 
-from msdetr.config import AssignmentConfig, LossConfig, ModelConfig
+from msdetr.config import LossConfig, ModelConfig
 from msdetr.model.detector import Detector, build_detector
 from msdetr.structures import ImageBatch, Targets
 from msdetr.supervision.criterion import Criterion
@@ -26,7 +26,7 @@ MODELS = {
         one_to_many="none",
         one_to_many_ffn=False,
     ),
-    **EXTRA_QUERIES,
+    **RELATIVES,
 }
 
 
@@ -46,8 +46,9 @@ def loss_of(model: Detector) -> Tensor:
     boxes = torch.rand(2, 8, 4, generator=generator) * 0.3 + 0.2
     targets = Targets(torch.zeros(2, 8, dtype=torch.int64), boxes, torch.tensor([3, 0]))
     torch.manual_seed(2)
-    criterion = Criterion(AssignmentConfig(positive_fraction=1.0), LossConfig())
-    total: Tensor = criterion(model(images), targets).total
+    criterion = Criterion(assignment_of(model.config, positive_fraction=1.0), LossConfig())
+    noise = model.draw_noise(targets, generator)
+    total: Tensor = criterion(model(images, targets, noise), targets).total
     return total
 
 
