@@ -127,7 +127,8 @@ class Criterion(nn.Module):
             )
             count = num_targets.local if objective.per_process else num_targets.mean
             repeated = objective.targets_repeated * (1 if objective.sum_groups else num_groups)
-            normalizer = (count * repeated).clamp(min=1.0)
+            least = repeated if objective.needs_targets else 1
+            normalizer = (count * repeated).clamp(min=float(least))
             for term, weight in objective.weights.items():
                 values = LOSS_TERMS[term](inputs) / normalizer
                 if objective.needs_targets:

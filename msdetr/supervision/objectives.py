@@ -37,7 +37,8 @@ class Objective:
     """Losses are divided by the targets of this process instead of the mean over processes
     (DN-DETR)."""
     needs_targets: bool = False
-    """No loss in a step without any target (DINO, whose queries would all learn background)."""
+    """No loss in a step without any target (DINO, whose queries would all learn background). The
+    losses of a group are divided by at least 1."""
     last_layer_only: bool = False
     """Supervise the last layer of the branch instead of all layers."""
 
