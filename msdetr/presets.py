@@ -35,12 +35,15 @@ _MS_DETR_PP = replace(
     model=ModelConfig(dropout=0.0, mixed_selection=True, look_forward_twice=True),
 )
 
+_WITHOUT_ONE_TO_MANY = ModelConfig(
+    decoder_order="self_cross", one_to_many="none", one_to_many_ffn=False
+)
+"""The decoder of the detectors besides MS-DETR."""
+
 _DEFORMABLE = RunConfig(
-    model=ModelConfig(
+    model=replace(
+        _WITHOUT_ONE_TO_MANY,
         feedforward_dim=1024,
-        decoder_order="self_cross",
-        one_to_many="none",
-        one_to_many_ffn=False,
         two_stage=False,
         box_refine=False,
     ),
@@ -52,9 +55,7 @@ _DEFORMABLE = RunConfig(
 
 _DEFORMABLE_PP = replace(
     _MS_DETR_PP,
-    model=replace(
-        _MS_DETR_PP.model, decoder_order="self_cross", one_to_many="none", one_to_many_ffn=False
-    ),
+    model=replace(_WITHOUT_ONE_TO_MANY, dropout=0.0, mixed_selection=True, look_forward_twice=True),
     assignment=_DEFORMABLE.assignment,
     loss=LossConfig(class_weight=2.0),
 )
@@ -86,15 +87,13 @@ def _with_contrastive_denoising(recipe: RunConfig) -> RunConfig:
 
 _DINO = _with_contrastive_denoising(
     RunConfig(
-        model=ModelConfig(
+        model=replace(
+            _WITHOUT_ONE_TO_MANY,
             dropout=0.0,
             num_queries=900,
             query_position="box",
             position_temperature=20.0,
             position_offset=1.0,
-            decoder_order="self_cross",
-            one_to_many="none",
-            one_to_many_ffn=False,
             proposal_score="best_class",
             mixed_selection=True,
             look_forward_twice=True,
@@ -111,12 +110,10 @@ _DINO = _with_contrastive_denoising(
 
 _DN = _with_denoising(
     RunConfig(
-        model=ModelConfig(
+        model=replace(
+            _WITHOUT_ONE_TO_MANY,
             dropout=0.0,
             query_position="box_content",
-            decoder_order="self_cross",
-            one_to_many="none",
-            one_to_many_ffn=False,
             two_stage=False,
             logit_eps=1e-3,
         ),
@@ -130,13 +127,11 @@ _DN = _with_denoising(
 )
 
 _DETA = RunConfig(
-    model=ModelConfig(
+    model=replace(
+        _WITHOUT_ONE_TO_MANY,
         num_levels=5,
         dropout=0.0,
         num_queries=900,
-        decoder_order="self_cross",
-        one_to_many="none",
-        one_to_many_ffn=False,
         proposal_nms_iou_threshold=0.9,
         proposal_content=True,
     ),

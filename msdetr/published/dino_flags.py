@@ -4,35 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from msdetr.published.dn_detr_flags import RUN_OPTIONS
 from msdetr.published.flag import PublishedFlag
 
-_OPTIONS = {
+_OPTIONS = RUN_OPTIONS | {
     "config_file": PublishedFlag(str, "config/DINO/DINO_4scale.py", short="-c"),
-    "dataset_file": PublishedFlag(str, "coco"),
-    "coco_path": PublishedFlag(str, ""),
-    "coco_panoptic_path": PublishedFlag(str, None),
-    "remove_difficult": PublishedFlag(bool, False),
-    "fix_size": PublishedFlag(bool, False),
-    "output_dir": PublishedFlag(str, ""),
-    "note": PublishedFlag(str, ""),
-    "device": PublishedFlag(str, "cuda"),
-    "seed": PublishedFlag(int, 42),
-    "resume": PublishedFlag(str, ""),
-    "pretrain_model_path": PublishedFlag(str, None),
-    "finetune_ignore": PublishedFlag(str, None, many=True),
-    "start_epoch": PublishedFlag(int, 0),
-    "eval": PublishedFlag(bool, False),
-    "num_workers": PublishedFlag(int, 10),
     "test": PublishedFlag(bool, False),
-    "debug": PublishedFlag(bool, False),
-    "find_unused_params": PublishedFlag(bool, False),
-    "save_results": PublishedFlag(bool, False),
-    "save_log": PublishedFlag(bool, False),
     "amp": PublishedFlag(bool, False),
-    "world_size": PublishedFlag(int, 1),
-    "dist_url": PublishedFlag(str, "env://"),
-    "rank": PublishedFlag(int, 0),
-    "local_rank": PublishedFlag(int, None),
 }
 
 DINO_FILE_KEYS = {

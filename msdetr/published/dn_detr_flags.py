@@ -6,6 +6,33 @@ from msdetr.published.flag import PublishedFlag
 
 MODEL_NAME = "dn_dab_deformable_detr"
 
+RUN_OPTIONS = {
+    "dataset_file": PublishedFlag(str, "coco"),
+    "coco_path": PublishedFlag(str, ""),
+    "coco_panoptic_path": PublishedFlag(str, None),
+    "remove_difficult": PublishedFlag(bool, False),
+    "fix_size": PublishedFlag(bool, False),
+    "output_dir": PublishedFlag(str, ""),
+    "note": PublishedFlag(str, ""),
+    "device": PublishedFlag(str, "cuda"),
+    "seed": PublishedFlag(int, 42),
+    "resume": PublishedFlag(str, ""),
+    "pretrain_model_path": PublishedFlag(str, None),
+    "finetune_ignore": PublishedFlag(str, None, many=True),
+    "start_epoch": PublishedFlag(int, 0),
+    "eval": PublishedFlag(bool, False),
+    "num_workers": PublishedFlag(int, 10),
+    "debug": PublishedFlag(bool, False),
+    "find_unused_params": PublishedFlag(bool, False),
+    "save_results": PublishedFlag(bool, False),
+    "save_log": PublishedFlag(bool, False),
+    "world_size": PublishedFlag(int, 1),
+    "dist_url": PublishedFlag(str, "env://"),
+    "rank": PublishedFlag(int, 0),
+    "local_rank": PublishedFlag(int, None),
+}
+"""Options of data and run, which DINO has too."""
+
 DN_DETR = {
     # Denoising
     "use_dn": PublishedFlag(bool, False),
@@ -68,28 +95,4 @@ DN_DETR = {
     "giou_loss_coef": PublishedFlag(float, 2.0),
     "eos_coef": PublishedFlag(float, 0.1),
     "focal_alpha": PublishedFlag(float, 0.25),
-    # Data and run
-    "dataset_file": PublishedFlag(str, "coco"),
-    "coco_path": PublishedFlag(str, ""),
-    "coco_panoptic_path": PublishedFlag(str, None),
-    "remove_difficult": PublishedFlag(bool, False),
-    "fix_size": PublishedFlag(bool, False),
-    "output_dir": PublishedFlag(str, ""),
-    "note": PublishedFlag(str, ""),
-    "device": PublishedFlag(str, "cuda"),
-    "seed": PublishedFlag(int, 42),
-    "resume": PublishedFlag(str, ""),
-    "pretrain_model_path": PublishedFlag(str, None),
-    "finetune_ignore": PublishedFlag(str, None, many=True),
-    "start_epoch": PublishedFlag(int, 0),
-    "eval": PublishedFlag(bool, False),
-    "num_workers": PublishedFlag(int, 10),
-    "debug": PublishedFlag(bool, False),
-    "find_unused_params": PublishedFlag(bool, False),
-    "save_results": PublishedFlag(bool, False),
-    "save_log": PublishedFlag(bool, False),
-    "world_size": PublishedFlag(int, 1),
-    "dist_url": PublishedFlag(str, "env://"),
-    "rank": PublishedFlag(int, 0),
-    "local_rank": PublishedFlag(int, None),
-}
+} | RUN_OPTIONS
