@@ -118,14 +118,16 @@ class SelfAttention(nn.Module):
         query, key = F.linear(x + query_pos, weight_qk, bias_qk).chunk(2, dim=-1)
         value = F.linear(x, weight_v, bias_v)
         parts = zip(*map(sets.split, (query, key, value)), strict=True)
-        infers = [sets.of_primary(field)[:, : sets.primary.group_size] for field in (key, value)]
+        num_inferring = sets.primary.group_size
         attended = []
         for query_set, part in zip(sets.sets, parts, strict=True):
             if query_set.sees_primary:
-                own, *rest = part
-                keys = [torch.cat(pair, dim=1) for pair in zip(rest, infers, strict=True)]
-                visible = visible_queries(query_set, sets.primary.group_size, x.device)
-                attended.append(self._attend(own, keys[0], keys[1], visible))
+                seen_key, seen_value = (
+                    torch.cat((own, sets.of_primary(field)[:, :num_inferring]), dim=1)
+                    for own, field in zip(part[1:], (key, value), strict=True)
+                )
+                visible = visible_queries(query_set, num_inferring, x.device)
+                attended.append(self._attend(part[0], seen_key, seen_value, visible))
             else:
                 group = [split_groups(field, query_set.num_groups, dim=1) for field in part]
                 attended.append(self._attend(*group).view(len(x), -1, channels))
